@@ -1,0 +1,1 @@
+"""The verbs of `mvp-fast data`: make, index and look at images."""

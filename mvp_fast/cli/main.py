@@ -1,0 +1,87 @@
+"""`mvp-fast VERB ...`: finds the verb, imports its module, and turns errors into one paragraph and an exit code.
+
+Nothing heavy is imported here: `mvp-fast --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from mvp_fast import __version__
+from mvp_fast.errors import UserError
+
+# verb -> (module, one line for the help). A module has main(argv) -> exit code.
+VERBS = {
+    "train": ("mvp_fast.cli.train", "pre-train a student against a frozen CLIP teacher"),
+    "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
+    "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),
+    "data index": ("mvp_fast.cli.data.index", "write the Parquet index of a folder of images"),
+    "data plan": ("mvp_fast.cli.data.plan", "write the samples, boxes and masks of an epoch as a table"),
+    "data render": ("mvp_fast.cli.data.render", "write one batch as the student sees it, as a picture and as arrays"),
+}
+
+EXIT_CODES = (
+    "0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged, "
+    "75 preempted with a checkpoint written (try again)"
+)
+
+
+def usage(prefix: str = "") -> str:
+    """The help text: all verbs, or those that begin with `prefix`."""
+    rows = [(verb, line) for verb, (_, line) in VERBS.items() if verb.startswith(prefix)]
+    width = max(len(verb) for verb, _ in rows)
+    lines = [f"usage: mvp-fast {prefix + ' ' if prefix else ''}VERB ...", ""]
+    lines += [f"  {verb:<{width}}  {line}" for verb, line in rows]
+    lines += ["", "mvp-fast VERB --help shows a verb's options.", f"Exit codes: {EXIT_CODES}."]
+    return "\n".join(lines)
+
+
+def find_verb(argv: list[str]) -> tuple[str, list[str]] | None:
+    """The verb that `argv` begins with and the arguments after it; None where there is no such verb."""
+    for words in (2, 1):
+        verb = " ".join(argv[:words])
+        if len(argv) >= words and verb in VERBS:
+            return verb, argv[words:]
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit code; prints errors meant for users as one paragraph on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"mvp-fast {__version__}")
+        return 0
+    found = find_verb(argv)
+    if found is None:
+        return _no_such_verb(argv)
+    verb, rest = found
+    try:
+        return int(importlib.import_module(VERBS[verb][0]).main(rest))
+    except UserError as error:
+        print(f"mvp-fast {verb}: {error.kind}: {error.paragraph()}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"mvp-fast {verb}: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe (head, less) went away: no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _no_such_verb(argv: list[str]) -> int:
+    """Help for a group such as `data`, or the nearest verb's name, on stderr."""
+    if any(verb.startswith(argv[0] + " ") for verb in VERBS):
+        asked = len(argv) > 1 and argv[1] in ("-h", "--help")
+        print(usage(argv[0]), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    import difflib
+
+    near = difflib.get_close_matches(" ".join(argv[:2]), VERBS, n=1) or difflib.get_close_matches(argv[0], VERBS, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    print(f"mvp-fast: usage error: there is no verb `{argv[0]}`.{hint} `mvp-fast --help` lists them all.", file=sys.stderr)
+    return 2

@@ -1,0 +1,186 @@
+"""Every setting of a run: one frozen dataclass a part, one docstring a field (`mvp-fast train --help` shows them).
+
+The values here are the ViT-B/16 recipe; configs/*.yaml say what differs. This module imports nothing heavy, so that
+`--help` answers at once. Marks as in the literature: "BEiT" is arXiv 2106.08254, "BEiT v2" 2208.06366, "MVP" 2203.05175.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it writes."""
+
+    dir: str = "runs/mvp"
+    """The run's folder: config.yaml, metrics.jsonl, checkpoints/ and the rest."""
+    tensorboard: bool = True
+    """Write tensorboard/ beside metrics.jsonl."""
+    wandb_project: str = ""
+    """Also log to this Weights & Biases project (needs the extra `wandb`); empty for none."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, how they are cropped, and which backend loads them."""
+
+    index: str = ""
+    """The Parquet index that `mvp-fast data index` wrote, or the folder that holds it as index.parquet."""
+    loader: Literal["dali", "torchvision", "synthetic"] = "dali"
+    """The backend; all see the same samples, boxes and masks. `synthetic` repeats one resident batch (a ceiling)."""
+    threads: int = 0
+    """CPU threads a rank for reading and decoding; 0 takes this machine's cores divided by its ranks."""
+    prefetch: int = 2
+    """Batches prepared ahead of the step."""
+    image_size: int = 224
+    """Side of the square crop, pixels."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Least and greatest share of the image's area in a crop (BEiT v2: 0.2 1; BEiT: 0.08 1)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and greatest aspect ratio (width / height) of a crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resize filter; antialiased in every backend."""
+    bad_sample_budget: float = 0.001
+    """Greatest share of samples that may fail to decode; each is replaced by a stand-in. 0 stops at the first."""
+    bad_sample_probation: int = 1000
+    """Samples seen before the share counts; until then the budget is that share of this many, rounded up."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Block-wise masks as in BEiT and BEiT v2."""
+
+    patches: int = 75
+    """Patches masked in each image, exactly (75 of 196 in BEiT v2)."""
+    min_block: int = 16
+    """Least area of a masked rectangle, patches."""
+    min_aspect: float = 0.3
+    """Rectangles have an aspect ratio log-uniform in [this, 1 / this]."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The network that is trained: one of timm's BEiT models, with shared relative position bias."""
+
+    name: str = "beitv2_base_patch16_224"
+    """A timm BEiT by name: beitv2_base_patch16_224, beitv2_large_patch16_224, beit_base_patch16_224, ..."""
+    width: int | None = None
+    """Embedding width in place of the named model's; a multiple of the number of heads."""
+    depth: int | None = None
+    """Number of blocks in place of the named model's."""
+    heads: int | None = None
+    """Number of attention heads in place of the named model's."""
+    layer_scale: float = 0.1
+    """Initial value of the layer scale (BEiT: B 0.1, L 1e-5)."""
+    drop_path: float = 0.1
+    """Stochastic depth rate of the last block, rising linearly from 0 at the first."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen network whose token features are the targets: one of open_clip's vision towers."""
+
+    name: str = "ViT-B-16"
+    """An open_clip model by name (open_clip.list_models())."""
+    pretrained: str = "openai"
+    """An open_clip tag (needs the network once), the path of a local checkpoint, or `random`."""
+    seed: int = 0
+    """Seed of the weights where `pretrained` is random."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the student predicts and how it is scored."""
+
+    tokens: Literal["masked", "all"] = "masked"
+    """Patch tokens in the loss."""
+    cls: bool = True
+    """The CLS token is in the loss too (the global feature)."""
+    target_norm: Literal["l2", "layernorm", "none"] = "l2"
+    """Per-token normalisation of the targets (layernorm has no affine part)."""
+    loss: Literal["cosine", "smooth_l1"] = "cosine"
+    """cosine reports 1 - cos, mean over tokens; smooth_l1 is the mean over tokens and channels."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate schedule: linear warm-up, then half a cosine."""
+
+    name: str = "adamw"
+    """An optimizer of timm's factory (timm.optim.list_optimizers())."""
+    lr: float = 1.5e-3
+    """Peak learning rate at `reference_batch_size`; scaled linearly with train.batch_size."""
+    reference_batch_size: int = 2048
+    """The batch size for which `lr` holds."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine; not scaled."""
+    warmup_fraction: float = 10 / 300
+    """Share of the steps in warm-up (BEiT v2: 10 of 300 epochs)."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases, norms, layer scale, tokens and position tables have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Adam's averaging factors (0.9 0.98 shortens loss spikes; BEiT 0.9 0.999)."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 3.0
+    """Greatest norm of the whole gradient; 0 for no clipping."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, precision and what is kept."""
+
+    epochs: float = 300.0
+    """Passes over the data; used where `steps` is 0."""
+    steps: int = 0
+    """Optimizer steps; 0 derives them from `epochs`."""
+    batch_size: int = 2048
+    """Global batch size: over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Micro-batches an optimizer step."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 autocast for student and teacher, or float32 throughout."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes the GPU where there is one."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights; 0 for none."""
+    log_every: int = 10
+    """Steps between metric lines; the only times the host waits for the device."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always writes one. 0 for that one alone."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+    nonfinite_budget: int = 10
+    """Optimizer steps that may be skipped for a non-finite loss or gradient before the run ends with exit code 5."""
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation of mvp_kernels runs."""
+
+    impl: Literal["auto", "triton", "reference"] = "auto"
+    """auto takes Triton on a GPU and the plain-torch reference elsewhere; a request that can't be met is an error."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    seed: int = 0
+    """Decides order, crops, masks, drop path and initial weights."""
+    resume: str = "none"
+    """none starts anew (and refuses a folder that holds a run), auto goes on from the newest checkpoint of run.dir if
+    there is one, or the path of a checkpoint."""

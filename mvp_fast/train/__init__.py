@@ -1,0 +1,1 @@
+"""The training run: the step, the loop around it, checkpoints, ranks, guards and telemetry."""
