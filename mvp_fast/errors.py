@@ -29,13 +29,9 @@ class UserError(Exception):
 
     def paragraph(self) -> str:
         """The message as one paragraph: what, where, what to do."""
-        text = self.what.rstrip(".")
-        if self.where:
-            text += f" ({self.where})"
-        text += "."
-        if self.fix:
-            text += f" {self.fix.rstrip('.')}."
-        return " ".join(text.split())
+        what = f"{self.what.rstrip('.')} ({self.where})" if self.where else self.what
+        sentences = [text if text.endswith((".", "?", "!")) else f"{text}." for text in (what, self.fix) if text]
+        return " ".join(" ".join(sentences).split())
 
 
 class ConfigError(UserError):

@@ -83,5 +83,7 @@ def _no_such_verb(argv: list[str]) -> int:
 
     near = difflib.get_close_matches(" ".join(argv[:2]), VERBS, n=1) or difflib.get_close_matches(argv[0], VERBS, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
-    print(f"mvp-fast: usage error: there is no verb `{argv[0]}`.{hint} `mvp-fast --help` lists them all.", file=sys.stderr)
+    print(
+        f"mvp-fast: usage error: there is no verb `{argv[0]}`.{hint} `mvp-fast --help` lists them all.", file=sys.stderr
+    )
     return 2

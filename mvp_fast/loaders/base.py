@@ -35,11 +35,17 @@ class Batch:
 class StageStats:
     """Seconds spent and items handled in each stage since the loader was made.
 
-    The seconds are summed over the loader's threads, so that items / seconds is a rate a core. A backend that cannot
-    tell two stages apart books both under the first of them.
+    - read: waiting for the bytes of a sample, wall time; several threads read at once.
+    - decode, transform: processor time, summed over the loader's threads, so that items / seconds is a rate a core.
+    - copy: pinning a batch and handing it to the device's copy engine, wall time; none where it stays in place.
+
+    A backend that cannot tell two stages apart books both under the first of them, and no items under the second.
+    Booked by the thread that iterates; read it from there or for orientation.
     """
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "transform", "copy"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("read", "decode", "transform", "copy"), 0.0)
+    )
     items: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "transform", "copy"), 0))
 
     def add(self, stage: str, seconds: float, items: int) -> None:
@@ -50,6 +56,11 @@ class StageStats:
 
 class Loader(Protocol):
     """Carries out a plan. Stateless but for its position: the same plan and step give the same batches."""
+
+    @property
+    def bad_samples(self) -> int:
+        """How many samples were bad so far; each was replaced by a stand-in."""
+        ...
 
     def batches(self, plan: SamplePlan, start_step: int) -> Iterator[Batch]:
         """Yield the batches of steps start_step, start_step + 1, ... without end.

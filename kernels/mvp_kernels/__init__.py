@@ -1,0 +1,27 @@
+"""mvp_kernels: the memory-bound operations of pre-training against frozen token features (arXiv 2203.05175).
+
+    masked_gather   rows of a batch of token sequences by index, -1 pads
+    token_norm      per-token normalisation: l2, layernorm without affine part, none
+    cosine_loss     1 - cosine similarity, mean over tokens
+    guided_loss     the three in one: gather the targets, normalise them, score the predictions
+    patchify        uint8 images to normalised patches, ready for a linear patch embedding
+
+`mvp_kernels.reference` holds each as plain torch; the functions here run the implementation that `impl` or the
+environment variable MVP_KERNELS asks for (see `mvp_kernels.registry`). The package needs torch alone.
+"""
+
+from mvp_kernels.dispatch import cosine_loss, guided_loss, masked_gather, patchify, token_norm
+from mvp_kernels.registry import KernelUnavailable, last_used, record, reset_record, resolve
+
+__all__ = [
+    "KernelUnavailable",
+    "cosine_loss",
+    "guided_loss",
+    "last_used",
+    "masked_gather",
+    "patchify",
+    "record",
+    "reset_record",
+    "resolve",
+    "token_norm",
+]

@@ -1,0 +1,298 @@
+"""NVIDIA DALI carries out the plan: threads read the encoded bytes, `dali_pipeline` turns them into crops.
+
+Pixels agree with the reference (`loaders.torchvision`) up to rounding: Pillow rounds to 8 bits between the two passes
+of a resize, DALI does not. The conformance tests state the distance.
+
+Two kinds of sample take another way, with the reference's very pixels: whatever is not a plain JPEG (Pillow decodes it
+in the reading thread), and JPEGs that DALI refuses though Pillow takes them. Their rows are filled in after DALI,
+which gets a blank in their place.
+
+Where DALI fails, it fails for a whole batch, and its pipeline with it. The bad samples of that batch are then found
+one by one and replaced by the policy that all backends share, the pipeline is built anew, and the batches in flight
+are fed again: no other sample is touched. DALI reads a JPEG down to the box's last row only; damage below it goes
+unnoticed, where the reference, which decodes everything, may call the sample bad.
+
+Shape legend: B images, H and W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mvp_fast.loaders import encoded
+from mvp_fast.loaders.base import Batch
+from mvp_fast.loaders.dali_pipeline import CropPipeline
+from mvp_fast.loaders.encoded import BadSampleError, Encoded
+from mvp_fast.loaders.failures import Settled, settle
+from mvp_fast.loaders.runs import IN_FLIGHT, Run, ThreadedLoader
+from mvp_fast.loaders.torchvision import Crop, carry_out
+from mvp_fast.samples.plan import PlanRows, SamplePlan
+
+READ_AHEAD = 2
+"""Batches being read while DALI works on IN_FLIGHT others."""
+LEAST_READERS = 4
+"""Reading threads even where there are fewer cores: they wait for the disk or the network."""
+ROWS_A_TASK = 16
+"""Rows that a reading thread takes at a time: one by one, handing them over costs more than reading them."""
+_BLANK_SIDE = 8
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One row, ready for DALI, or ready altogether.
+
+    Attributes:
+        data: the encoded image.
+        read: seconds it took to read, wall time.
+        crop: the finished crop of a sample that DALI does not decode.
+    """
+
+    data: Encoded
+    read: float
+    crop: Crop | None = None
+
+
+@dataclass
+class _Step:
+    """A batch that is read, or given up.
+
+    Attributes:
+        settled: one entry a row; fewer where the last one found no stand-in (its value is None).
+        error: what went wrong in the reading threads beyond bad samples.
+    """
+
+    step: int
+    rows: PlanRows
+    settled: list[Settled[Prepared]]
+    error: BaseException | None = None
+
+    def prepared(self, i: int) -> Prepared | None:
+        """Row `i`; None where it found no stand-in or was not reached."""
+        return self.settled[i].value if i < len(self.settled) else None
+
+    def for_dali(self) -> dict[int, Encoded]:
+        """The rows that are DALI's to decode."""
+        rows = ((i, settled.value) for i, settled in enumerate(self.settled))
+        return {i: value.data for i, value in rows if value is not None and value.crop is None}
+
+    def given_up(self) -> bool:
+        """It will never be whole; the reason is raised when it is this batch's turn."""
+        return self.error is not None or any(self.prepared(i) is None for i in range(len(self.rows)))
+
+
+@functools.cache
+def _blank() -> bytes:
+    """A small grey JPEG, which stands where DALI has nothing to decode."""
+    stream = io.BytesIO()
+    Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE), (128, 128, 128)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+class _DaliRun:
+    """One passage through a plan. Batches move from `reading` to `fed` to the consumer."""
+
+    def __init__(self, loader: DaliLoader, plan: SamplePlan, start_step: int) -> None:
+        self._plan, self._next_step = plan, start_step
+        self._interpolation, self._threads = loader.config.interpolation, loader.threads
+        self._stats, self._failures = loader.stats(), loader.failures
+        self._reading: deque[tuple[int, PlanRows, list[Future[list[Settled[Prepared]]]]]] = deque()
+        self._fed: deque[_Step] = deque()
+        self._pool = ThreadPoolExecutor(max(LEAST_READERS, loader.threads), thread_name_prefix="mvp-dali-read")
+        self._pipeline = self._new_pipeline()
+        self._booked = 0.0
+
+    def next(self) -> Batch:
+        """The next batch; a batch that DALI refuses is mended and fed again, until it is whole or given up."""
+        while True:
+            self._fill()
+            head = self._fed[0]
+            if head.given_up():
+                self._raise(head)
+            try:
+                images_BHWC = self._pipeline.take()
+            except Exception as error:
+                self._mend(head, error)
+            else:
+                return self._finish(self._fed.popleft(), images_BHWC)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pipeline.close()
+        self._reading.clear()
+        self._fed.clear()
+
+    def _new_pipeline(self) -> CropPipeline:
+        plan = self._plan
+        return CropPipeline(
+            plan.local_batch_size, plan.image_size, self._interpolation, threads=self._threads, depth=IN_FLIGHT
+        )
+
+    def _fill(self) -> None:
+        """Keep READ_AHEAD batches in the reading threads and IN_FLIGHT in DALI."""
+        while len(self._fed) < IN_FLIGHT:
+            while len(self._reading) <= READ_AHEAD:
+                self._submit()
+            step = self._collect()
+            self._feed(step)
+            self._fed.append(step)
+
+    def _submit(self) -> None:
+        step, rows = self._next_step, self._plan.step(self._next_step)
+        self._next_step += 1
+
+        def work(first: int) -> list[Settled[Prepared]]:
+            done = []
+            for i in range(first, min(first + ROWS_A_TASK, len(rows))):
+                done.append(settle(self._plan, step, rows, i, self._prepare))
+                if done[-1].value is None:
+                    break
+            return done
+
+        futures = [self._pool.submit(work, first) for first in range(0, len(rows), ROWS_A_TASK)]
+        self._reading.append((step, rows, futures))
+
+    def _collect(self) -> _Step:
+        """Wait for the oldest batch being read. Errors are kept until it is that batch's turn."""
+        number, rows, futures = self._reading.popleft()
+        step = _Step(number, rows, [])
+        for future in futures:
+            try:
+                step.settled += future.result()
+            except Exception as error:
+                step.error = error
+            if step.error is not None or step.settled[-1].value is None:
+                for other in futures:
+                    other.cancel()
+                break
+        for i, settled in enumerate(step.settled):
+            if settled.failures:
+                step.rows = step.rows.replace_row(i, settled.rows, 0)
+        return step
+
+    def _prepare(self, row: PlanRows) -> Prepared:
+        """Read one row's sample; one that is no plain JPEG is also decoded and cropped, by Pillow."""
+        start = time.perf_counter()
+        data = encoded.read(self._plan.index, int(row.sample_B[0]))
+        read = time.perf_counter() - start
+        return Prepared(data, read, None if data.plain_jpeg else self._crop(row, data))
+
+    def _prepare_tested(self, row: PlanRows) -> Prepared:
+        """As `_prepare`, but Pillow has decoded the whole image."""
+        prepared = self._prepare(row)
+        if prepared.crop is None:
+            encoded.decode(self._plan.index, int(row.sample_B[0]), prepared.data)
+        return prepared
+
+    def _crop(self, row: PlanRows, data: Encoded) -> Crop:
+        return carry_out(self._plan.index, row, self._plan.image_size, self._interpolation, data)
+
+    def _feed(self, step: _Step) -> None:
+        rows, jpegs = step.rows, step.for_dali()
+        boxes_B4 = np.stack([rows.x_B, rows.y_B, rows.width_B, rows.height_B], axis=1)
+        data = []
+        for i in range(len(rows)):
+            if i in jpegs:
+                data.append(jpegs[i].data)
+            else:
+                data.append(_blank())
+                boxes_B4[i] = (0, 0, _BLANK_SIDE, _BLANK_SIDE)
+        self._pipeline.feed(data, boxes_B4, rows.flip_B)
+
+    def _finish(self, step: _Step, images_BHWC: torch.Tensor) -> Batch:
+        for i, settled in enumerate(step.settled):
+            self._failures.account(settled)
+            if settled.value is None:
+                continue
+            self._stats.add("read", settled.value.read, 1)
+            done = settled.value.crop
+            if done is not None:
+                images_BHWC[i] = torch.from_numpy(done.image_HWC.copy())
+                self._stats.add("decode", done.decode, 0)
+                self._stats.add("transform", done.transform, 0)
+        self._book_dali(len(step.rows))
+        return Batch(step.step, images_BHWC, torch.from_numpy(step.rows.masked_BM()), step.rows)
+
+    def _book_dali(self, items: int) -> None:
+        """Book what DALI's threads used since the last time: it does not tell decoding from resizing."""
+        seconds = self._pipeline.cpu_seconds()
+        self._stats.add("decode", seconds - self._booked, items)
+        self._booked = seconds
+
+    def _raise(self, step: _Step) -> None:
+        """Book what is known of a batch that was given up, which raises, or raise its error."""
+        for settled in step.settled:
+            self._failures.account(settled)
+        if step.error is not None:
+            raise step.error
+
+    def _mend(self, step: _Step, error: Exception) -> None:
+        """Replace the bad samples of the batch that DALI failed on, and feed all batches in flight to a new pipeline.
+
+        Pillow has the last word: what it refuses is bad. Where it takes every sample, DALI gets them one at a time,
+        and Pillow crops those that DALI refuses.
+        """
+        self._book_dali(0)
+        self._pipeline.close()
+        found = self._replace_bad(step) or self._crop_refused(step)
+        if not found:
+            raise error  # no sample's fault: DALI failed on a batch of images that it takes one by one
+        self._pipeline, self._booked = self._new_pipeline(), 0.0
+        for waiting in self._fed:
+            self._feed(waiting)
+
+    def _replace_bad(self, step: _Step) -> bool:
+        """Replace the samples that Pillow refuses; whether there were any."""
+        jpegs = step.for_dali()
+        samples = (int(step.rows.sample_B[i]) for i in jpegs)
+        verdicts = list(self._pool.map(self._verdict, samples, jpegs.values()))
+        for i, verdict in zip(jpegs, verdicts, strict=True):
+            if verdict is not None:
+                mended = settle(self._plan, step.step, step.rows, i, self._prepare_tested, first=verdict)
+                step.settled[i] = replace(mended, failures=step.settled[i].failures + mended.failures)
+                step.rows = step.rows.replace_row(i, mended.rows, 0)
+        return any(verdict is not None for verdict in verdicts)
+
+    def _verdict(self, sample: int, data: Encoded) -> BadSampleError | None:
+        try:
+            encoded.decode(self._plan.index, sample, data)
+        except BadSampleError as bad:
+            return bad
+        return None
+
+    def _crop_refused(self, step: _Step) -> bool:
+        """Let Pillow crop the samples that DALI refuses one at a time; whether there were any."""
+        refused = False
+        for i, data in step.for_dali().items():
+            row, settled = step.rows.slice(i, i + 1), step.settled[i]
+            if settled.value is not None and not self._dali_takes(row, data):
+                step.settled[i] = replace(settled, value=replace(settled.value, crop=self._crop(row, data)))
+                refused = True
+        return refused
+
+    def _dali_takes(self, row: PlanRows, data: Encoded) -> bool:
+        box_14 = np.stack([row.x_B, row.y_B, row.width_B, row.height_B], axis=1)
+        pipeline = CropPipeline(1, self._plan.image_size, self._interpolation, threads=1, depth=1)
+        try:
+            pipeline.feed([data.data], box_14, row.flip_B)
+            pipeline.take()
+        except Exception:  # whatever it raises: Pillow took this sample
+            return False
+        finally:
+            pipeline.close()
+        return True
+
+
+class DaliLoader(ThreadedLoader):
+    """DALI on the CPU, `threads` worker threads, with reading threads of its own."""
+
+    def _start(self, plan: SamplePlan, start_step: int) -> Run:
+        return _DaliRun(self, plan, start_step)

@@ -1,0 +1,109 @@
+"""The DALI pipeline by itself: encoded images and boxes in, uint8 crops out, in order, several batches in flight.
+
+    bytes --external source--> decode the box alone -> resize (antialiased) -> flip -> tensor, not copied
+
+DALI draws nothing by itself here, and its settings are pinned to agree with the reference backend: accurate inverse
+transform, chroma upsampled as libjpeg does, no EXIF rotation. `CropPipeline` is the only place that knows on which
+device DALI runs.
+
+Shape legend: B images, H and W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch.utils.dlpack
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, types
+
+FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+
+
+class CropPipeline:
+    """A pipeline on the CPU with `depth` batches in flight. Feed `depth` batches, then take and feed in turn.
+
+    Args:
+        batch_size: the size of every batch fed.
+        image_size: side of the crops, pixels.
+        interpolation: bicubic or bilinear.
+        threads: DALI's worker threads.
+        depth: batches in flight.
+    """
+
+    def __init__(self, batch_size: int, image_size: int, interpolation: str, threads: int, depth: int) -> None:
+        self._depth, self._fed = depth, 0
+        self._others = frozenset(_dali_threads())
+        self._own: list[str] = []
+        pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=depth)
+        with pipeline:
+            images = fn.decoders.image_slice(
+                fn.external_source(name="data", dtype=types.UINT8, ndim=1),
+                start=fn.external_source(name="start", dtype=types.INT32, ndim=1),
+                shape=fn.external_source(name="shape", dtype=types.INT32, ndim=1),
+                axis_names="HW",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+                use_fast_idct=False,
+            )
+            size = (image_size, image_size)
+            images = fn.resize(images, size=size, interp_type=FILTERS[interpolation], antialias=True)
+            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            pipeline.set_outputs(fn.flip(images, horizontal=flip, vertical=0))
+        pipeline.build()
+        self._pipeline: Any = pipeline
+
+    def feed(self, data: list[bytes], boxes_B4: NDArray[np.int32], flip_B: NDArray[np.bool_]) -> None:
+        """Hand over a batch (copied): encoded images, boxes as x, y, width, height in pixels, and which to flip."""
+        feed = self._pipeline.feed_input
+        feed("data", [np.frombuffer(image, np.uint8) for image in data])
+        feed("start", np.ascontiguousarray(boxes_B4[:, [1, 0]]))
+        feed("shape", np.ascontiguousarray(boxes_B4[:, [3, 2]]))
+        feed("flip", flip_B.astype(np.int32))
+        self._fed += 1
+        if self._fed >= self._depth:  # the first call starts `depth` batches, each later one starts one
+            self._pipeline.schedule_run()
+
+    def take(self) -> torch.Tensor:
+        """The oldest batch in flight, uint8 (B, H, W, 3), in memory that the tensor owns; waits for it.
+
+        Raises:
+            Exception: DALI failed on this batch (which type depends on the fault); close the pipeline then.
+        """
+        (images_BHWC,) = self._pipeline.outputs()
+        return torch.utils.dlpack.from_dlpack(images_BHWC.as_tensor())
+
+    def cpu_seconds(self) -> float:
+        """Processor time of DALI's threads so far: decoding, resizing and flipping, which it does not tell apart."""
+        if not self._own:  # not at once after building: the threads name themselves a little later
+            self._own = [thread for thread in _dali_threads() if thread not in self._others]
+        return sum(_thread_seconds(thread) for thread in self._own)
+
+    def close(self) -> None:
+        """Let DALI end its threads; tensors taken stay valid, batches in flight are dropped."""
+        self._pipeline = None
+
+
+def _dali_threads() -> list[str]:
+    """The ids of this process's threads that DALI started."""
+    found = []
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{thread}/comm") as file:
+                if file.read().startswith("[DALI]"):
+                    found.append(thread)
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def _thread_seconds(thread: str) -> float:
+    """Processor seconds that a thread has used; 0 where the kernel keeps no such figures."""
+    try:
+        with open(f"/proc/self/task/{thread}/schedstat") as file:
+            return int(file.read().split()[0]) / 1e9
+    except (OSError, IndexError):
+        return 0.0

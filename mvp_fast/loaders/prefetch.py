@@ -1,0 +1,134 @@
+"""Batches made ahead by a thread and, for a GPU, copied there while earlier steps compute.
+
+The thread pins each batch and copies it on a stream of its own; an event marks the end of the copy. The consumer's
+stream waits for that event on the device, so the host never waits for a copy. `record_stream` tells the allocator
+that the consumer's stream uses the memory, which came from the copying stream's pool; pinned memory is kept by
+torch's host allocator until the copy that reads it is over.
+
+Shape legend: as in `loaders.base`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Generator
+from dataclasses import replace
+from types import TracebackType
+
+import torch
+
+from mvp_fast.loaders.base import Batch, Loader
+from mvp_fast.samples.plan import SamplePlan
+
+
+class Prefetcher:
+    """Iterates over `loader.batches(plan, start_step)`, at most `depth` batches ahead, with tensors on `device`.
+
+    Use it as a context manager, or call `close`. What the loader raises is raised by `next`, with its traceback,
+    after the batches made before it.
+
+    Args:
+        loader: makes the batches; only this object's thread iterates over it.
+        plan: what to carry out.
+        start_step: first step.
+        device: where the consumer wants the tensors.
+        depth: batches ready and waiting, at most; one more may be in the thread's hands.
+
+    Attributes:
+        wait_seconds: wall time that the consumer has spent waiting in `next` so far.
+    """
+
+    def __init__(
+        self, loader: Loader, plan: SamplePlan, start_step: int, device: torch.device | str, depth: int = 2
+    ) -> None:
+        self.wait_seconds = 0.0
+        self._loader, self._device, self._depth = loader, torch.device(device), max(1, depth)
+        self._ready: deque[tuple[Batch, torch.cuda.Event | None]] = deque()
+        self._changed = threading.Condition()
+        self._stopped = self._finished = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, args=(plan, start_step), name="mvp-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Prefetcher:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._finished or self._stopped)
+            self.wait_seconds += time.perf_counter() - start
+            if self._stopped or not self._ready:
+                if self._error is not None and not self._stopped:
+                    raise self._error
+                raise StopIteration
+            batch, copied = self._ready.popleft()
+            self._changed.notify_all()
+        if copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(copied)
+            batch.images_BHWC.record_stream(stream)
+            batch.masked_BM.record_stream(stream)
+        return batch
+
+    def close(self) -> None:
+        """Stop the thread, wait for it and drop what it made; the loader's threads of this passage end too."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._ready.clear()
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self, plan: SamplePlan, start_step: int) -> None:
+        """The thread: make, move, hand over, until stopped or out of batches."""
+        try:
+            stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            batches = self._loader.batches(plan, start_step)
+            try:
+                for batch in batches:
+                    if not self._hand_over(*((batch, None) if stream is None else self._to_device(batch, stream))):
+                        return
+            finally:  # in this thread: a generator cannot be closed by another while it runs
+                if isinstance(batches, Generator):
+                    batches.close()
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+
+    def _hand_over(self, batch: Batch, copied: torch.cuda.Event | None) -> bool:
+        """Wait for room and leave the batch there; False where the consumer wants no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or len(self._ready) < self._depth)
+            if not self._stopped:
+                self._ready.append((batch, copied))
+                self._changed.notify_all()
+            return not self._stopped
+
+    def _to_device(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+        """The batch on the device, and the event after which it is all there."""
+        start = time.perf_counter()
+        with torch.cuda.stream(stream):
+            images_BHWC, masked_BM = (self._copy(tensor) for tensor in (batch.images_BHWC, batch.masked_BM))
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        self._loader.stats().add("copy", time.perf_counter() - start, len(batch.rows))
+        return replace(batch, images_BHWC=images_BHWC, masked_BM=masked_BM), copied
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device: queued on the current stream, through pinned memory; as it is if it is there."""
+        if tensor.device.type == self._device.type:
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)

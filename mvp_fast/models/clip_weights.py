@@ -1,0 +1,200 @@
+"""Where a CLIP tower's weights come from, and reading them without running anything that a file may contain.
+
+A checkpoint is a safetensors file, or a file of torch.save that holds tensors alone, with open_clip's names
+(`visual.conv1.weight`, ...), with or without the text tower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import resize_pos_embed
+from torch import Tensor
+
+from mvp_fast.config.schema import TeacherConfig
+from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+
+RANDOM = "random"
+FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a TeacherConfig's `pretrained` stands for.
+
+    Attributes:
+        path: the checkpoint; None for random weights.
+        mean, std: colour statistics that go with the weights.
+        quick_gelu: the weights were trained with x * sigmoid(1.702 x) in place of GELU, as OpenAI's.
+    """
+
+    path: Path | None
+    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    quick_gelu: bool = False
+
+
+def find_source(config: TeacherConfig, quick_gelu: bool) -> Source:
+    """Resolve `pretrained`: `random`, a tag (downloaded, or taken from the cache), or the path of a file.
+
+    Args:
+        config: name and pretrained.
+        quick_gelu: what the model named by config.name uses. A tag knows better: `openai` weights need it even where
+            the name is plain ViT-B-16.
+
+    Raises:
+        ConfigError: there is no such tag.
+        DataError: there is no such file.
+        EnvironmentProblem: a tag's weights can't be downloaded.
+    """
+    wanted = config.pretrained
+    if wanted == RANDOM:
+        return Source(None, quick_gelu=quick_gelu)
+    tag = open_clip.get_pretrained_cfg(config.name, wanted)
+    if tag:
+        path = _download(config.name, wanted, tag)
+        return Source(path, tuple(tag["mean"]), tuple(tag["std"]), bool(tag.get("quick_gelu", False)))
+    path = Path(wanted).expanduser()
+    if path.is_file():
+        return _file_source(path, quick_gelu)
+    if path.is_dir() or path.suffix in FILE_TYPES or len(path.parts) > 1:
+        raise DataError(
+            "There is no such checkpoint file",
+            where=f"teacher.pretrained {wanted}",
+            fix="Give the path of a file with open_clip's weights, an open_clip tag, or `random`",
+        )
+    tags = open_clip.list_pretrained_tags_by_model(config.name)
+    near = difflib.get_close_matches(wanted, tags, n=1)
+    raise ConfigError(
+        f"open_clip has no weights {wanted!r} for {config.name}",
+        where="teacher.pretrained",
+        fix=(f"Did you mean {near[0]}? " if near else "")
+        + f"Its tags: {', '.join(tags) or 'none'}. Or give the path of a local checkpoint, or `random`",
+    )
+
+
+def load_tower(clip: Any, path: Path) -> None:
+    """Load a checkpoint's vision tower into `clip.visual`, its position embedding resized to the tower's grid.
+
+    Raises:
+        DataError: the file is damaged, holds more than tensors, or is of another model.
+    """
+    state = {name: tensor.float() for name, tensor in _tower_state(path).items()}
+    own = clip.visual.state_dict()
+    wrong = sorted(own.keys() ^ {name.removeprefix("visual.") for name in state})
+    if not wrong:
+        with contextlib.suppress(RuntimeError):  # a grid that is not square: reported below, as a wrong shape
+            resize_pos_embed(state, clip)
+        state = {name.removeprefix("visual."): tensor for name, tensor in state.items()}
+        wrong = [
+            f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+            for name in sorted(own)
+            if own[name].shape != state[name].shape
+        ]
+    if wrong:
+        raise DataError(
+            f"The checkpoint is of another model: {len(wrong)} weights do not fit, first {'; '.join(wrong[:3])}",
+            where=f"teacher.pretrained {path}",
+            fix="Give in teacher.name the open_clip model that the checkpoint is of",
+        )
+    clip.visual.load_state_dict(state)
+
+
+def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
+    try:
+        return Path(open_clip.download_pretrained(settings))
+    except Exception as error:  # every transport raises errors of its own
+        raise EnvironmentProblem(
+            f"The weights {tag} of {name} are not on this machine and could not be downloaded:"
+            f" {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where="teacher.pretrained",
+            fix="Give the path of a local checkpoint, or `random` for a trial run; or be online once",
+        ) from error
+
+
+def _file_source(path: Path, quick_gelu: bool) -> Source:
+    """A local file; open_clip_config.json beside it, as its hub folders have, tells its statistics and activation."""
+    beside = path.with_name("open_clip_config.json")
+    if not beside.is_file():
+        return Source(path, quick_gelu=quick_gelu)
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+        colours = settings.get("preprocess_cfg", {})
+        return Source(
+            path,
+            tuple(colours.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+            tuple(colours.get("std", open_clip.OPENAI_DATASET_STD)),
+            bool(settings.get("model_cfg", {}).get("quick_gelu", False)),
+        )
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"The checkpoint's configuration can't be read: {error}", where=str(beside)) from error
+
+
+def _tower_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of the vision tower, named `visual.*`."""
+    found = _read(path)
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    tensors = {}
+    if isinstance(found, dict):
+        tensors = {
+            str(name).removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)
+        }
+    if "class_embedding" in tensors:  # a vision tower saved on its own
+        return {f"visual.{name}": tensor for name, tensor in tensors.items()}
+    tower = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+    if not tower:
+        raise DataError(
+            "The checkpoint holds no vision tower of open_clip (no weights named visual.*)"
+            + (f"; its first names are {', '.join(list(tensors)[:3])}" if tensors else ""),
+            where=f"teacher.pretrained {path}",
+            fix="Give a checkpoint in open_clip's format",
+        )
+    return tower
+
+
+def _read(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    where = f"teacher.pretrained {path}"
+    if _is_torchscript(path):
+        raise DataError(
+            "The checkpoint is a TorchScript archive, a program rather than weights, and is not loaded",
+            where=where,
+            fix='Where you trust it, write its weights to a file of their own once: python -c "import torch;'
+            f" torch.save(dict(torch.jit.load('{path}', map_location='cpu').state_dict()), '{path.stem}-weights.pt')\","
+            " and give that file (OpenAI's weights with a teacher.name that ends in -quickgelu)",
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            "The checkpoint is damaged, or holds objects that would run code when loaded, and is not loaded",
+            where=where,
+            fix="Save its state_dict alone, or give a safetensors file",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
+        raise DataError(
+            f"The checkpoint can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where=where,
+            fix="Copy or download it again",
+        ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rsplit("/", 1)[-1] == "constants.pkl" for name in archive.namelist())

@@ -1,0 +1,222 @@
+"""The teacher: a frozen CLIP vision tower of open_clip, whose token features are the targets.
+
+A feature is `ln_post(token) @ proj`, of the CLS token (CLIP's own image feature) and, by the same layers, of the patch
+tokens. CLIP is arXiv 2103.00020.
+
+Shape legend: B images, H and W pixels, C colours, N patches, M tokens in the loss, D channels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvp_fast.config.schema import TeacherConfig
+from mvp_fast.errors import ConfigError
+from mvp_fast.models.clip_weights import find_source, load_tower
+from mvp_kernels import dispatch
+
+
+class Teacher(nn.Module):
+    """A frozen vision tower: `teacher(images_BHWC, index_BM) -> features_BMD`, without a gradient.
+
+    It takes the crops as the student's loader yields them, normalises them in CLIP's own way and, where its patches are
+    smaller or larger than the student's, resizes them so that its grid is the student's.
+
+    Args:
+        visual: open_clip's VisionTransformer, with weights.
+        mean, std: colour statistics the tower was trained with, of values in [0, 1].
+        fingerprint: identifies name, shape, preprocessing and every weight.
+        impl: implementation of mvp_kernels: auto, triton or reference.
+
+    Attributes:
+        width: channels of a feature.
+        grid: patches down and across.
+        input_size: pixels down and across that the tower sees.
+    """
+
+    visual: Any
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        fingerprint: str,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.visual = visual
+        self.mean, self.std, self.fingerprint, self.impl = mean, std, fingerprint, impl
+        self.width: int = self.visual.proj.shape[1]
+        self.patch_size: int = self.visual.patch_size[0]
+        self.grid: tuple[int, int] = tuple(self.visual.grid_size)
+        self.input_size: tuple[int, int] = tuple(self.visual.image_size)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images_BHWC: Tensor, index_BM: Tensor) -> Tensor:
+        """Features of the tokens in the loss; ln_post and proj run on those tokens alone, to the same result.
+
+        Args:
+            images_BHWC: uint8 crops.
+            index_BM: int64 tokens: 0 is CLS, 1 + n is patch n of the grid, row-major.
+
+        Returns:
+            features_BMD, D = width, not normalised; in autocast's type where it is on.
+        """
+        visual = self.visual
+        images_BHWC = resize(images_BHWC, self.input_size)
+        patches_BNP = dispatch.patchify(
+            images_BHWC, self.patch_size, self.mean, self.std, self._dtype(), impl=self.impl
+        )
+        x_BND = F.linear(patches_BNP, visual.conv1.weight.flatten(1))
+        cls_B1D = visual.class_embedding.to(x_BND.dtype).expand(x_BND.shape[0], 1, -1)
+        x_BND = torch.cat((cls_B1D, x_BND), dim=1) + visual.positional_embedding.to(x_BND.dtype)
+        x_BND = visual.transformer(visual.ln_pre(x_BND))
+        x_BMD = dispatch.masked_gather(x_BND, index_BM, impl=self.impl)
+        features_BMD: Tensor = visual.ln_post(x_BMD) @ visual.proj
+        return features_BMD
+
+    def _dtype(self) -> torch.dtype:
+        """The type that the patch embedding computes in: patches in it need no cast."""
+        weight = self.visual.conv1.weight
+        if weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        dtype: torch.dtype = weight.dtype
+        return dtype
+
+
+def resize(images_BHWC: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 images, bicubic with antialiasing, on their own device; as they are where the size fits.
+
+    The result is rounded to uint8, as CLIP's own preprocessing leaves it before it normalises.
+    """
+    if tuple(images_BHWC.shape[1:3]) == tuple(size):
+        return images_BHWC
+    x_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
+    x_BCHW = F.interpolate(x_BCHW, size=tuple(size), mode="bicubic", antialias=True, align_corners=False)
+    return x_BCHW.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def build_teacher(
+    config: TeacherConfig, *, grid: tuple[int, int] = (14, 14), image_size: int = 224, impl: str = "auto"
+) -> Teacher:
+    """Build the tower, on the CPU in float32; the text tower is neither built nor kept.
+
+    Args:
+        config: name, where the weights come from, seed of random ones.
+        grid: the student's patches down and across; the tower is made to have the same, its position embedding resized
+            as open_clip does it.
+        image_size: side of the crops, pixels; the tower never sees more pixels than they have.
+        impl: implementation of mvp_kernels: auto, triton or reference.
+
+    Raises:
+        ConfigError: there is no such model or tag, it is not a plain CLIP ViT, or its grid can't be the student's.
+        DataError: the checkpoint file is missing, damaged, or of another model.
+        EnvironmentProblem: the weights have to be downloaded, and can't be.
+    """
+    model = _model_config(config.name)
+    vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
+    _check_tower(config.name, vision)
+    _check_grid(config.name, vision.patch_size, grid, image_size)
+    source = find_source(config, bool(model.get("quick_gelu", False)))
+    vision.image_size = (grid[0] * vision.patch_size, grid[1] * vision.patch_size)
+    # open_clip builds a tower only as part of a whole CLIP: the text tower is as small as can be, and is dropped.
+    text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(config.seed)
+        clip = open_clip.CLIP(model["embed_dim"], vision, text, quick_gelu=source.quick_gelu)
+    if source.path is not None:
+        load_tower(clip, source.path)
+    description = {
+        "embed_dim": model["embed_dim"],
+        "vision": asdict(vision),
+        "quick_gelu": source.quick_gelu,
+        "mean": source.mean,
+        "std": source.std,
+        "resize": "bicubic antialias uint8",
+    }
+    return Teacher(
+        clip.visual,
+        mean=source.mean,
+        std=source.std,
+        fingerprint=fingerprint(description, clip.visual.state_dict()),
+        impl=impl,
+    )
+
+
+def fingerprint(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """sha256 over what decides the features: shape and preprocessing as JSON, and every weight with its name.
+
+    The model's name and the file are left out: the same weights from another place are the same teacher.
+    """
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    names = open_clip.list_models()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or ["ViT-B-16"]
+        raise ConfigError(
+            f"open_clip has no model named {name!r}", where="teacher.name", fix=f"Did you mean {' or '.join(near)}?"
+        )
+    model: dict[str, Any] = open_clip.get_model_config(name)
+    return model
+
+
+def _check_tower(name: str, vision: open_clip.CLIPVisionCfg) -> None:
+    """Only a plain ViT with a CLS token has `ln_post(token) @ proj` as the feature of every token."""
+    obstacle = ""
+    if vision.timm_model_name:
+        obstacle = f"is timm's {vision.timm_model_name}"
+    elif isinstance(vision.layers, list | tuple):
+        obstacle = "is a ResNet"
+    elif vision.attentional_pool:
+        obstacle = "pools its tokens by attention"
+    elif vision.pool_type != "tok":
+        obstacle = f"pools its tokens ({vision.pool_type}) in place of a CLS token"
+    if obstacle:
+        raise ConfigError(
+            f"{name} can't be the teacher: its vision tower {obstacle}",
+            where="teacher.name",
+            fix="Take a plain CLIP ViT, such as ViT-B-16 or ViT-L-14",
+        )
+
+
+def _check_grid(name: str, patch: int, grid: tuple[int, int], image_size: int) -> None:
+    greatest = image_size // max(grid)
+    if patch > greatest:
+        own = image_size // patch
+        raise ConfigError(
+            f"{name} has patches of {patch} px: {image_size} px crops give it a grid of {own}x{own}, the student has"
+            f" {grid[0]}x{grid[1]}",
+            where="teacher.name",
+            fix=f"Take a teacher with patches of at most {greatest} px, such as {_fitting(greatest)}",
+        )
+
+
+def _fitting(greatest: int) -> str:
+    """The names of usual towers with patches of at most this many pixels."""
+    usual = ("ViT-B-16", "ViT-L-14", "ViT-H-14")
+    fitting = [name for name in usual if open_clip.get_model_config(name)["vision_cfg"]["patch_size"] <= greatest]
+    return " or ".join(fitting) or "none that open_clip ships; or a larger data.image_size"

@@ -1,0 +1,88 @@
+"""The objective of MVP (arXiv 2203.05175): predict the teacher's feature of every masked token, and of CLS.
+
+Shape legend: B images, N patches, M masked patches, K tokens in the loss, D channels of a feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvp_fast.config.schema import ObjectiveConfig
+from mvp_kernels import dispatch
+
+# Where smooth L1 turns from square to straight: 2, as in data2vec (2202.03555) and Feature Distillation (2205.14141).
+SMOOTH_L1_BETA = 2.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A batch's loss, on the device.
+
+    Attributes:
+        loss: float32 (), mean over all tokens in the loss; carries the gradient.
+        per_image_B: float32, mean over each image's tokens, without a gradient.
+    """
+
+    loss: Tensor
+    per_image_B: Tensor
+
+
+class Objective:
+    """Which tokens are in the loss, how targets are normalised, and the loss itself.
+
+    Args:
+        config: tokens, cls, target_norm and loss.
+        impl: implementation of mvp_kernels: auto, triton or reference.
+    """
+
+    def __init__(self, config: ObjectiveConfig, impl: str = "auto") -> None:
+        self.config, self.impl = config, impl
+
+    def token_index(self, masked_BM: Tensor, patches: int) -> Tensor:
+        """The tokens in the loss, as student and teacher number them: 0 is CLS, 1 + n is patch n.
+
+        Args:
+            masked_BM: int64 patch numbers.
+            patches: N.
+
+        Returns:
+            index_BK, int64, on masked_BM's device: CLS first where it is in the loss, then the masked patches in their
+            order, or all.
+        """
+        images = masked_BM.shape[0]
+        if self.config.tokens == "all":
+            first = 0 if self.config.cls else 1
+            return torch.arange(first, 1 + patches, device=masked_BM.device).expand(images, -1)
+        index_BK = masked_BM + 1
+        return F.pad(index_BK, (1, 0)) if self.config.cls else index_BK
+
+    def __call__(self, pred_BKD: Tensor, features_BKD: Tensor) -> Loss:
+        """Score predictions against the teacher's features of the same tokens; float32 arithmetic, also under autocast.
+
+        Args:
+            pred_BKD: the student's predictions.
+            features_BKD: the teacher's features, without normalisation.
+        """
+        if pred_BKD.shape != features_BKD.shape:
+            raise ValueError(f"predictions {tuple(pred_BKD.shape)} and features {tuple(features_BKD.shape)} differ")
+        if self.config.loss == "cosine":
+            loss_BK = dispatch.guided_loss(
+                pred_BKD, features_BKD, None, self.config.target_norm, reduction="none", impl=self.impl
+            )
+        else:
+            loss_BK = self._smooth_l1(pred_BKD, features_BKD)
+        return Loss(loss_BK.mean(), loss_BK.detach().mean(1))
+
+    def _smooth_l1(self, pred_BKD: Tensor, features_BKD: Tensor) -> Tensor:
+        # Widened before the normalisation, which returns its input's type.
+        target_BKD = dispatch.token_norm(_wide(features_BKD), self.config.target_norm, impl=self.impl)
+        loss_BKD = F.smooth_l1_loss(_wide(pred_BKD), target_BKD, reduction="none", beta=SMOOTH_L1_BETA)
+        return loss_BKD.mean(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

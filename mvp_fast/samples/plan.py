@@ -1,0 +1,284 @@
+"""The sample plan: for every step, which samples, which crop boxes, which flips and which masks.
+
+The plan is a set of pure functions of (seed, epoch, position). Its stream is endless: for an index of n samples,
+sample i of global batch k has the global position g = k * batch_size + i; its epoch is g // n, its position in that
+epoch's order g % n. So every sample comes once an epoch, a batch may straddle two epochs, the stream depends on neither
+batch size nor ranks, and a run resumes by going on at step k.
+
+Shape legend: B rows, N patches (row-major over the grid), M masked patches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from mvp_fast.config.schema import DataConfig, MaskConfig
+from mvp_fast.errors import ConfigError
+from mvp_fast.samples.crops import crop_boxes, flips
+from mvp_fast.samples.index import Index
+from mvp_fast.samples.masks import block_masks
+from mvp_fast.samples.order import order
+from mvp_fast.samples.random import BLOCKS, Stream, draws
+
+VERSION = 1
+"""Changes whenever the same settings would give other samples, boxes, flips or masks."""
+EPOCHS = 1 << 32
+"""Epochs in a plan: the counter of the random numbers has a word for them."""
+
+
+@dataclass(frozen=True)
+class PlanRows:
+    """Rows of the plan, one a sample.
+
+    Attributes:
+        epoch_B: int64.
+        position_B: int64, position within the epoch.
+        sample_B: int64, row of the index.
+        x_B, y_B, width_B, height_B: int32, the crop box in pixels of the stored image (EXIF orientation not applied).
+        flip_B: bool, flip the crop left to right.
+        mask_BN: bool, the masked patches. Every row of a plan masks the same number.
+        attempt_B: int32, 0 for the sample itself, a for its a-th stand-in.
+    """
+
+    epoch_B: npt.NDArray[np.int64]
+    position_B: npt.NDArray[np.int64]
+    sample_B: npt.NDArray[np.int64]
+    x_B: npt.NDArray[np.int32]
+    y_B: npt.NDArray[np.int32]
+    width_B: npt.NDArray[np.int32]
+    height_B: npt.NDArray[np.int32]
+    flip_B: npt.NDArray[np.bool_]
+    mask_BN: npt.NDArray[np.bool_]
+    attempt_B: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.sample_B)
+
+    def masked_BM(self) -> npt.NDArray[np.int64]:
+        """The numbers of the masked patches, ascending in each row: int64 (B, M); (0, 0) without rows."""
+        if not len(self):
+            return np.empty((0, 0), dtype=np.int64)
+        return np.nonzero(self.mask_BN)[1].astype(np.int64, copy=False).reshape(len(self), -1)
+
+    def slice(self, start: int, stop: int) -> PlanRows:
+        """Rows start to stop - 1, as views."""
+        return PlanRows(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    def replace_row(self, i: int, other_rows: PlanRows, j: int) -> PlanRows:
+        """A copy in which row i is row j of `other_rows`; these rows stay as they are."""
+        copies = []
+        for field in fields(self):
+            column = getattr(self, field.name).copy()
+            column[i] = getattr(other_rows, field.name)[j]
+            copies.append(column)
+        return PlanRows(*copies)
+
+
+class SamplePlan:
+    """What one rank sees at every step.
+
+    Attributes:
+        index, seed, rank, world, image_size: as given.
+        batch_size: the global batch.
+        local_batch_size: this rank's part of it, batch_size / world.
+        grid: rows and columns of patches.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        seed: int,
+        batch_size: int,
+        data: DataConfig,
+        mask: MaskConfig,
+        patch_size: int = 16,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """
+        Args:
+            index: the images.
+            seed: in [0, 2**64).
+            batch_size: global, over all ranks.
+            data: image_size, crop_scale, crop_ratio and flip are used.
+            mask: number and shape of the masked blocks.
+            patch_size: side of a patch, pixels.
+            rank, world: this process and how many there are.
+
+        Raises:
+            ConfigError: a value out of range, a batch that does not divide by the ranks, an image that does not divide
+                into patches, or more masked patches than patches.
+        """
+        _check_ranks(seed, batch_size, rank, world)
+        _check_crops(data, patch_size)
+        side = data.image_size // patch_size
+        _check_mask(mask, side)
+        self.index, self.seed, self.batch_size, self.rank, self.world = index, seed, batch_size, rank, world
+        self.local_batch_size = batch_size // world
+        self.image_size, self.patch_size, self.grid = data.image_size, patch_size, (side, side)
+        self.data, self.mask = data, mask
+
+    def step(self, k: int) -> PlanRows:
+        """This rank's part of global batch k (from 0): rows rank * B / world to (rank + 1) * B / world - 1.
+
+        Raises:
+            ConfigError: the step lies beyond the 2**32 epochs that a plan has.
+        """
+        if k < 0:
+            raise ValueError(f"step {k} is negative")
+        first = k * self.batch_size + self.rank * self.local_batch_size
+        epoch, position = divmod(first, len(self.index))  # Python integers: they do not overflow
+        epoch = min(epoch, EPOCHS)  # which `rows` refuses
+        ahead_B = position + np.arange(self.local_batch_size, dtype=np.int64)
+        return self.rows(epoch + ahead_B // len(self.index), ahead_B % len(self.index))
+
+    def rows(self, epoch_B: npt.ArrayLike, position_B: npt.ArrayLike, attempt: int = 0) -> PlanRows:
+        """Any rows of the plan.
+
+        Args:
+            epoch_B: epochs in [0, 2**32); broadcasts against `position_B`.
+            position_B: positions in [0, len(index)).
+            attempt: 0 for the samples themselves, a for their a-th stand-ins, up to 2**16.
+
+        Raises:
+            ConfigError: an epoch, position or attempt out of range.
+        """
+        broadcast = np.broadcast_arrays(np.atleast_1d(epoch_B), np.atleast_1d(position_B))
+        epoch, position = (array.astype(np.int64) for array in broadcast)
+        n = len(self.index)
+        if epoch.size and (epoch.min() < 0 or epoch.max() >= EPOCHS):
+            raise ConfigError("the plan has epochs 0 to 2**32 - 1", where=f"epoch {epoch.max()}")
+        if position.size and (position.min() < 0 or position.max() >= n):
+            raise ConfigError(f"an epoch has positions 0 to {n - 1}", where=f"position {position.max()}")
+        if not 0 <= attempt <= BLOCKS:
+            raise ConfigError(f"a sample has stand-ins 1 to {BLOCKS}", where=f"attempt {attempt}")
+        sample_B = order(self.seed, epoch, position, n)
+        for earlier in range(attempt):
+            sample_B = self._another(epoch, position, earlier, sample_B)
+        return self._rows(epoch, position, sample_B, attempt)
+
+    def stand_in(self, rows: PlanRows, i: int) -> PlanRows:
+        """One row that takes the place of row i, whose sample can't be used: its next attempt.
+
+        The sample is drawn anew, never the same as row i's where the index has more than one. The box is drawn anew for
+        that sample's size; flip and mask belong to the position and stay.
+        """
+        one = rows.slice(i, i + 1)
+        attempt = int(one.attempt_B[0])
+        if attempt >= BLOCKS:
+            raise ConfigError(f"a sample has stand-ins 1 to {BLOCKS}", where=f"position {one.position_B[0]}")
+        sample_B = self._another(one.epoch_B, one.position_B, attempt, one.sample_B)
+        return self._rows(one.epoch_B, one.position_B, sample_B, attempt + 1)
+
+    def state(self) -> dict[str, object]:
+        """The plan's identity, JSON-able: two plans with equal states give the same global batches.
+
+        Rank and world are left out: they only divide the batches.
+        """
+        return {
+            "version": VERSION,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "index": self.index.fingerprint(),
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "crop_scale": [float(x) for x in self.data.crop_scale],
+            "crop_ratio": [float(x) for x in self.data.crop_ratio],
+            "flip": float(self.data.flip),
+            "mask_patches": self.mask.patches,
+            "mask_min_block": self.mask.min_block,
+            "mask_min_aspect": float(self.mask.min_aspect),
+        }
+
+    def _rows(
+        self,
+        epoch_B: npt.NDArray[np.int64],
+        position_B: npt.NDArray[np.int64],
+        sample_B: npt.NDArray[np.int64],
+        attempt: int,
+    ) -> PlanRows:
+        sizes_B = self.index.width[sample_B], self.index.height[sample_B]
+        data = self.data
+        boxes = crop_boxes(self.seed, epoch_B, position_B, *sizes_B, data.crop_scale, data.crop_ratio)
+        return PlanRows(
+            epoch_B,
+            position_B,
+            sample_B,
+            *boxes,
+            flips(self.seed, epoch_B, position_B, data.flip),
+            block_masks(self.seed, epoch_B, position_B, self.grid, self.mask),
+            np.full(len(sample_B), attempt, dtype=np.int32),
+        )
+
+    def _another(
+        self,
+        epoch_B: npt.NDArray[np.int64],
+        position_B: npt.NDArray[np.int64],
+        attempt: int,
+        sample_B: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.int64]:
+        """A sample drawn uniformly from all but `sample_B`."""
+        n = len(self.index)
+        if n == 1:
+            return sample_B
+        words_B4 = draws(self.seed, Stream.STAND_IN, epoch_B, position_B, attempt)
+        unit_B = (words_B4[:, 0] * 2.0**-32 + words_B4[:, 1]) * 2.0**-32
+        other_B = np.minimum((unit_B * (n - 1)).astype(np.int64), n - 2)
+        return other_B + (other_B >= sample_B)
+
+
+def _check_ranks(seed: int, batch_size: int, rank: int, world: int) -> None:
+    if not 0 <= seed < 1 << 64:
+        raise ConfigError("the seed must be in 0 to 2**64 - 1", where=f"seed is {seed}")
+    if batch_size < 1:
+        raise ConfigError("a batch needs at least one image", where=f"train.batch_size is {batch_size}")
+    if world < 1 or not 0 <= rank < world:
+        raise ConfigError("the rank must be in 0 to world - 1", where=f"rank {rank} of {world}")
+    if batch_size % world:
+        raise ConfigError(
+            f"the global batch does not divide by the {world} ranks",
+            where=f"train.batch_size is {batch_size}",
+            fix=f"take a multiple of {world}, such as {batch_size + world - batch_size % world}",
+        )
+
+
+def _check_crops(data: DataConfig, patch_size: int) -> None:
+    if patch_size < 1 or data.image_size < 1 or data.image_size % patch_size:
+        raise ConfigError(
+            f"the crop does not divide into patches of {patch_size} pixels",
+            where=f"data.image_size is {data.image_size}",
+            fix=f"take a multiple of {patch_size}",
+        )
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ConfigError(
+            "two shares of the area are needed, 0 < least <= greatest <= 1", where=f"data.crop_scale is {low} {high}"
+        )
+    low, high = data.crop_ratio
+    if not 0 < low <= high < math.inf:
+        raise ConfigError(
+            "two aspect ratios are needed, 0 < least <= greatest", where=f"data.crop_ratio is {low} {high}"
+        )
+    if not 0 <= data.flip <= 1:
+        raise ConfigError("a probability is in 0 to 1", where=f"data.flip is {data.flip}")
+
+
+def _check_mask(mask: MaskConfig, side: int) -> None:
+    if not 0 <= mask.patches <= side * side:
+        raise ConfigError(
+            f"an image has {side} x {side} = {side * side} patches, of which 0 to all can be masked",
+            where=f"mask.patches is {mask.patches}",
+        )
+    if side * side > 4 * BLOCKS:
+        raise ConfigError(f"masks go up to 512 x 512 patches, not {side} x {side}", where="data.image_size")
+    if mask.min_block < 1:
+        raise ConfigError("a masked rectangle has at least 1 patch", where=f"mask.min_block is {mask.min_block}")
+    if not 0 < mask.min_aspect <= 1:
+        raise ConfigError(
+            "the least aspect ratio is above 0 and at most 1", where=f"mask.min_aspect is {mask.min_aspect}"
+        )

@@ -1,0 +1,206 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvp_fast.config.load import config_to_dict
+from mvp_fast.config.schema import Config
+from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+from mvp_fast.loaders.registry import make_loader
+from mvp_fast.models.student import Student, patch_size_of
+from mvp_fast.models.teacher import Teacher, build_teacher
+from mvp_fast.objective.guided import Objective
+from mvp_fast.samples.index import Index
+from mvp_fast.samples.plan import SamplePlan
+from mvp_fast.train.checkpoint import Parts, load_weights, read_part, read_state
+from mvp_fast.train.distributed import Ranks
+from mvp_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from mvp_fast.train.step import TrainStep
+from mvp_fast.train.telemetry import Interval
+from mvp_kernels import dispatch
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, and the state it has reached.
+
+    Attributes:
+        plan: this rank's part of the plan.
+        ema: timm's ModelEmaV3 around the student, or None.
+        total_steps: optimizer steps in the whole run.
+        steps_done: optimizer steps taken so far.
+        skipped: updates skipped so far.
+        interval: results since the last metric line.
+    """
+
+    config: Config
+    ranks: Ranks
+    plan: SamplePlan
+    student: Student
+    ema: Any
+    teacher: Teacher
+    optimizer: torch.optim.Optimizer
+    step: TrainStep
+    total_steps: int
+    steps_done: int
+    skipped: int
+    interval: Interval
+
+    def parameter_names(self) -> dict[Tensor, str]:
+        """The name of each of the student's parameters."""
+        return {parameter: name for name, parameter in self.student.named_parameters()}
+
+    def checkpoint_parts(self) -> Parts:
+        """The tensors that a checkpoint holds, in named parts."""
+        parts = {
+            "student": self.student.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.parameter_names()),
+            "progress": self.interval.state(),
+        }
+        if self.ema is not None:
+            parts["ema"] = self.ema.module.state_dict()
+        return parts
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What must fit when a run goes on from a checkpoint, and what it needs besides tensors."""
+        return {
+            "config": config_to_dict(self.config),
+            "plan": self.plan.state(),
+            "teacher": self.teacher.fingerprint,
+            "target_width": self.teacher.width,
+            "total_steps": self.total_steps,
+            "skipped": self.skipped,
+        }
+
+
+def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
+    """Build every part, at step 0 or at `checkpoint`.
+
+    Raises:
+        ConfigError: the configuration names something that does not exist or does not fit together.
+        DataError: the index, its files or the checkpoint are missing or do not fit.
+        EnvironmentProblem: a kernel implementation was asked for that this machine can't run.
+    """
+    _check_kernels(config)
+    state = read_state(checkpoint) if checkpoint else None  # cheap, and may end the attempt before models are built
+    index = open_index(config)
+    plan = SamplePlan(
+        index,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        mask=config.mask,
+        patch_size=patch_size_of(config.student.name),
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    if plan.local_batch_size % config.train.accumulate:
+        raise ConfigError(
+            f"A rank's {plan.local_batch_size} images can't be split into {config.train.accumulate} micro-batches",
+            where="train.accumulate",
+        )
+    if state is not None:
+        _check_plan(state, plan, checkpoint)
+    teacher = build_teacher(config.teacher, grid=plan.grid, image_size=config.data.image_size)
+    student = Student(
+        config.student, target_width=teacher.width, image_size=config.data.image_size, seed=config.seed
+    ).to(ranks.device)
+    teacher.to(ranks.device)
+    if state is not None and state["teacher"] != teacher.fingerprint:
+        raise DataError(
+            f"The checkpoint was trained against another teacher than {config.teacher.name}"
+            f" ({config.teacher.pretrained}): its fingerprint is {state['teacher'][:12]}, this one's"
+            f" {teacher.fingerprint[:12]}",
+            where=str(checkpoint),
+            fix="Give the teacher.* settings in the config.yaml of that run, or start anew in another --run.dir",
+        )
+    ema = _build_ema(student, config)
+    optimizer = build_optimizer(student, config.optim)
+    objective = Objective(config.objective, impl=config.kernels.impl)
+    step = TrainStep(student, ranks.wrap(student), teacher, objective, optimizer, config, ranks.device)
+    total = config.train.steps or max(1, round(config.train.epochs * len(index) / config.train.batch_size))
+    run = Run(config, ranks, plan, student, ema, teacher, optimizer, step, total, 0, 0, Interval())
+    if checkpoint is not None and state is not None:
+        _load(run, checkpoint, state)
+    return run
+
+
+def open_index(config: Config) -> Index:
+    """The data set's index, spot-checked against its files; a stand-in of ImageNet's size for `synthetic`."""
+    if not config.data.index:
+        if config.data.loader == "synthetic":
+            return Index.synthetic()
+        raise ConfigError(
+            "There is no data set: data.index is empty",
+            fix="Write an index with `mvp-fast data index DIR` and give --data.index DIR, or try --data.loader synthetic",
+        )
+    index = Index.open(config.data.index)
+    if config.data.loader != "synthetic":
+        index.check_files()
+    return index
+
+
+def build_loader(run: Run, ledger: Path | None) -> Any:
+    """The loader that the configuration names; `ledger` takes the samples that did not decode."""
+    return make_loader(
+        run.config.data.loader,
+        run.config.data,
+        seed=run.config.seed,
+        local_ranks=run.ranks.local_world,
+        ledger=ledger,
+    )
+
+
+def _check_kernels(config: Config) -> None:
+    try:
+        dispatch.resolve(config.kernels.impl)
+    except dispatch.KernelUnavailable as error:
+        raise EnvironmentProblem(
+            str(error),
+            where=f"kernels.impl {config.kernels.impl}",
+            fix="Set kernels.impl to auto or reference",
+        ) from error
+
+
+def _check_plan(state: dict[str, Any], plan: SamplePlan, checkpoint: Path | None) -> None:
+    """A run goes on only with the same samples, boxes and masks."""
+    before, now = state["plan"], plan.state()
+    if before == now:
+        return
+    differs = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differs == ["index"]:
+        raise DataError(
+            "The checkpoint was trained on another data set: the index's fingerprint differs",
+            where=f"{plan.index.path} and {checkpoint}",
+            fix="Give the index that the run began with, or start anew in another --run.dir",
+        )
+    told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differs)
+    raise ConfigError(
+        f"The run can't go on with other samples, boxes or masks than it began with: {told}",
+        where=str(checkpoint),
+        fix="Give the settings in the run's config.yaml, or start anew in another --run.dir",
+    )
+
+
+def _build_ema(student: Student, config: Config) -> Any:
+    if config.train.ema_decay == 0:
+        return None
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(student, decay=config.train.ema_decay)
+
+
+def _load(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
+    load_weights(run.student, checkpoint, "student")
+    load_optimizer_tensors(run.optimizer, run.parameter_names(), read_part(checkpoint, "optimizer"))
+    if run.ema is not None:
+        # A run that begins to average now averages from the weights it has.
+        load_weights(run.ema.module, checkpoint, "ema" if (checkpoint / "ema").is_dir() else "student")
+    run.interval.load_state(read_part(checkpoint, "progress"), run.ranks.device)
+    run.steps_done, run.skipped = int(state["step"]), int(state["skipped"])

@@ -1,0 +1,282 @@
+"""Checkpoints: written in the background beside their place, then renamed; read without unpickling anything.
+
+    RUN/checkpoints/
+        step-00001000/
+            state.json                  step, plan, configuration, teacher: what must fit when a run goes on
+            student/*.safetensors       one folder a named part, timm's names inside
+            optimizer/*.safetensors
+            ema/*.safetensors           only with train.ema_decay
+            progress/*.safetensors      losses since the last metric line
+        .step-00002000.partial/         being written, or left by a crash; never read, removed at the next start
+
+The tensors go through torch.distributed.checkpoint with its safetensors storage. Under DDP every rank holds the same
+values, so rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvp_fast.config.load import config_from_dict
+from mvp_fast.config.schema import Config
+from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+from mvp_fast.models.student import Student
+
+STATE_VERSION = 1
+Parts = dict[str, dict[str, Tensor]]
+
+
+class Checkpointer:
+    """Writes checkpoints of one run, one at a time, in a background thread.
+
+    Args:
+        folder: RUN/checkpoints; made where missing.
+        keep: newest checkpoints kept; 0 keeps all.
+        active: False on the ranks that write nothing; every call is then free.
+    """
+
+    def __init__(self, folder: Path, keep: int, active: bool = True) -> None:
+        self.folder, self.keep, self.active = folder, keep, active
+        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if active:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _cannot_write(folder, error) from error
+            for leftover in folder.glob(".step-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
+        """Copy the tensors to the host now and write them in the background.
+
+        Waits for the checkpoint before, and raises what went wrong with it.
+
+        Raises:
+            EnvironmentProblem: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        if not self.active or (self.folder / checkpoint_name(step)).exists():
+            return
+        staged = {
+            part: {name: _host_copy(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()
+        }
+        self._pending = self._thread.submit(
+            self._write, step, staged, {**state, "version": STATE_VERSION, "step": step}
+        )
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            EnvironmentProblem: it could not be written; the ones before it are whole.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait and give back the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
+        final = self.folder / checkpoint_name(step)
+        partial = self.folder / f".{final.name}.partial"
+        try:
+            for part, tensors in parts.items():
+                _write_part(partial / part, tensors)
+            with (partial / "state.json").open("w", encoding="utf-8") as file:
+                json.dump(state, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+            _sync_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _cannot_write(final, error) from error
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        if self.keep:
+            for old in list_checkpoints(self.folder)[: -self.keep]:
+                # Renamed first: a half-removed folder must not look like a checkpoint.
+                trash = old.with_name(f".{old.name}.trash")
+                os.replace(old, trash)
+                shutil.rmtree(trash, ignore_errors=True)
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in RUN/checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def find_checkpoint(run: Path, which: str = "latest") -> Path:
+    """A run's checkpoint: `latest`, a step number, or a path.
+
+    Raises:
+        DataError: there is none such.
+    """
+    found = list_checkpoints(run / "checkpoints")
+    if which == "latest":
+        if found:
+            return found[-1]
+        raise DataError(
+            "The run has no checkpoint",
+            where=str(run),
+            fix="Check the folder's name; train.checkpoint-every says how often a run writes one",
+        )
+    path = run / "checkpoints" / checkpoint_name(int(which)) if which.isdigit() else Path(which)
+    if not (path / "state.json").is_file():
+        have = ", ".join(str(int(p.name.removeprefix("step-"))) for p in found) or "none"
+        raise DataError(f"There is no checkpoint {which}", where=str(path), fix=f"Steps with one in {run}: {have}")
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json.
+
+    Raises:
+        DataError: it is missing, damaged, or of another version.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        version = state["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"This is no whole checkpoint: {error}", where=str(path), fix="Name another with --resume PATH"
+        ) from error
+    if version != STATE_VERSION:
+        raise DataError(
+            f"The checkpoint has format version {version}, this program reads {STATE_VERSION}",
+            where=str(path),
+            fix="Use the version of mvp_fast that wrote it",
+        )
+    return dict(state)
+
+
+def read_part(path: Path, part: str) -> dict[str, Tensor]:
+    """One named part of a checkpoint as host tensors.
+
+    Raises:
+        DataError: the part is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    files = sorted((path / part).glob("*.safetensors"))
+    if not files:
+        raise DataError(f"The checkpoint has no part `{part}`", where=str(path))
+    for file in files:
+        try:
+            tensors.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"The checkpoint is damaged: {error}",
+                where=str(file),
+                fix="Go on from an older one with --resume PATH",
+            ) from error
+    return tensors
+
+
+def load_weights(model: torch.nn.Module, path: Path, part: str) -> None:
+    """Load a part into `model`, name by name.
+
+    Raises:
+        DataError: the checkpoint is of another model; says which weights differ.
+    """
+    tensors, own = read_part(path, part), model.state_dict()
+    wrong = [
+        f"{name} {tuple(tensors[name].shape) if name in tensors else 'missing'}"
+        f" (model: {tuple(own[name].shape) if name in own else 'none'})"
+        for name in sorted(own.keys() | tensors.keys())
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise DataError(
+            f"The checkpoint is of another model: {len(wrong)} weights differ, first {'; '.join(wrong[:3])}",
+            where=str(path / part),
+            fix="Give the student.* settings that the checkpoint was trained with, or another checkpoint",
+        )
+    model.load_state_dict(tensors)
+
+
+def load_student(run: Path, checkpoint: str = "latest", ema: bool = False) -> tuple[Student, Config, int]:
+    """The student of a run, its configuration, and the step it had reached.
+
+    Args:
+        run: the run's folder.
+        checkpoint: `latest`, a step number, or a checkpoint's path.
+        ema: take the averaged weights.
+
+    Raises:
+        DataError: there is no such checkpoint, or it is damaged.
+        ConfigError: averaged weights were asked for and the run kept none.
+    """
+    path = find_checkpoint(run, checkpoint)
+    state = read_state(path)
+    config = config_from_dict(state["config"], source=str(path / "state.json"))
+    if ema and not (path / "ema").is_dir():
+        raise ConfigError("The run kept no averaged weights", where=str(path), fix="Leave --ema out")
+    student = Student(
+        config.student,
+        target_width=state["target_width"],
+        image_size=config.data.image_size,
+        seed=config.seed,
+    )
+    load_weights(student, path, "ema" if ema else "student")
+    return student, config, int(state["step"])
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """A copy that later updates don't touch; scalars get a dimension, which the storage needs."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write_part(folder: Path, tensors: dict[str, Tensor]) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise (cause if isinstance(cause, OSError) else OSError(errno.EIO, str(cause))) from error
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames and new files in `folder` survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"The checkpoint could not be written: {error.strerror or error}",
+        where=str(path),
+        fix="Free some space or mend the folder's rights and give the same command with --resume auto: "
+        "earlier checkpoints are whole",
+    )

@@ -1,0 +1,228 @@
+"""The order of events in a run: take a batch, step, log, checkpoint, and the ways it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+
+from mvp_fast.config.schema import Config
+from mvp_fast.errors import DataError, Preempted
+from mvp_fast.loaders.base import Batch
+from mvp_fast.loaders.prefetch import Prefetcher
+from mvp_fast.samples.plan import SamplePlan
+from mvp_fast.train.build import Run, build_loader, build_run
+from mvp_fast.train.checkpoint import Checkpointer
+from mvp_fast.train.distributed import Ranks
+from mvp_fast.train.guards import NonFiniteGuard, StopRequest
+from mvp_fast.train.optim import learning_rate, set_learning_rate
+from mvp_fast.train.run_folder import describe_environment, prepare_folder, resume_point
+from mvp_fast.train.sinks import open_sinks
+from mvp_fast.train.telemetry import Display
+from mvp_kernels import dispatch
+
+
+class Event(IntEnum):
+    """What the ranks agree on before each step; the greatest of their answers holds for all."""
+
+    GO_ON = 0
+    STOP = 1
+    DATA_FAILED = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to say.
+
+    Attributes:
+        images_per_second: over the steps of this process, the first (start-up) left out.
+        data_wait: share of that time this rank waited for data.
+        loss: of the last metric line; None where no step was taken.
+        peak_memory_bytes: of the GPU; 0 on the CPU.
+    """
+
+    folder: Path
+    steps: int
+    images_per_second: float
+    data_wait: float
+    loss: float | None
+    peak_memory_bytes: int
+
+
+def train(config: Config, ranks: Ranks) -> Outcome:
+    """Pre-train as `config` says.
+
+    Raises:
+        Preempted: a signal came; a checkpoint was written.
+        TrainingDiverged: too many updates had to be skipped.
+        UserError: anything else a user can mend; see `build_run` and `Checkpointer`.
+    """
+    checkpoint = resume_point(config)
+    run = build_run(config, ranks, checkpoint)
+    environment = describe_environment(ranks)
+    environment["teacher"] = run.teacher.fingerprint
+    environment["kernels"] = dispatch.resolve(config.kernels.impl)
+    folder = Path(config.run.dir)
+    if ranks.is_main:
+        prepare_folder(config, environment)
+    ranks.barrier()
+    display = Display(run.total_steps, run.steps_done, active=ranks.is_main)
+    display.say(_header(run, environment["kernels"], checkpoint))
+    if run.steps_done >= run.total_steps:
+        display.close()
+        return Outcome(folder, run.steps_done, 0.0, 0.0, None, 0)
+    with StopRequest() as stop:
+        return _Loop(run, folder, display, stop).run()
+
+
+class _Loop:
+    """The loop's moving parts, so that each event is a short method."""
+
+    def __init__(self, run: Run, folder: Path, display: Display, stop: StopRequest) -> None:
+        self.parts, self.folder, self.display, self.stop = run, folder, display, stop
+        config, ranks = run.config, run.ranks
+        self.sinks = open_sinks(config, folder, run.steps_done) if ranks.is_main else []
+        self.checkpointer = Checkpointer(folder / "checkpoints", config.train.keep_checkpoints, active=ranks.is_main)
+        ledger = folder / "nonfinite.jsonl" if ranks.is_main else None
+        self.guard = NonFiniteGuard(_whole_plan(run), config.train.nonfinite_budget, ledger, run.skipped)
+        # Each rank decodes other samples, so each keeps its own ledger; one rank's is the usual name.
+        name = "bad_samples.jsonl" if ranks.world == 1 else f"bad_samples.rank{ranks.rank}.jsonl"
+        self.loader = build_loader(run, folder / name)
+        self.prefetcher = Prefetcher(self.loader, run.plan, run.steps_done, ranks.device, config.data.prefetch)
+        self.last_loss: float | None = None
+
+    def run(self) -> Outcome:
+        run, train = self.parts, self.parts.config.train
+        try:
+            batches = iter(self.prefetcher)
+            run.interval.restart_clock(self.prefetcher.wait_seconds)
+            first_step, clock, waited = run.steps_done, time.perf_counter(), self.prefetcher.wait_seconds
+            while run.steps_done < run.total_steps:
+                batch = self._next_batch(batches)
+                self._step(batch)
+                done = run.steps_done
+                self.display.advance(done)
+                if done % train.log_every == 0 or done == run.total_steps:
+                    self._log()
+                if (train.checkpoint_every and done % train.checkpoint_every == 0) or done == run.total_steps:
+                    self._save()
+                if done == first_step + 1 and done < run.total_steps:
+                    self._wait_for_device()
+                    first_step, clock, waited = done, time.perf_counter(), self.prefetcher.wait_seconds
+            self._wait_for_device()
+            seconds = max(time.perf_counter() - clock, 1e-9)
+            images = (run.steps_done - first_step) * train.batch_size
+            data_wait = (self.prefetcher.wait_seconds - waited) / seconds
+            self.checkpointer.wait()
+            memory = torch.cuda.max_memory_allocated() if run.ranks.device.type == "cuda" else 0
+            return Outcome(self.folder, run.steps_done, images / seconds, data_wait, self.last_loss, memory)
+        finally:
+            self._close()
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, or one of the agreed ends: all ranks save the same state before any of them leaves."""
+        event, failure, batch = Event.GO_ON, None, None
+        try:
+            batch = next(batches)
+        except DataError as error:
+            event, failure = Event.DATA_FAILED, error
+        if self.stop.requested:
+            event = max(event, Event.STOP)
+        agreed = Event(self.parts.ranks.agree(event))
+        if agreed is Event.GO_ON and batch is not None:
+            return batch
+        self._save()
+        self.checkpointer.wait()
+        self.parts.ranks.barrier()
+        if agreed is Event.DATA_FAILED:
+            raise failure or DataError("Another rank's data failed", fix="Its message says how")
+        raise Preempted(
+            f"{self.stop.signal_name or 'A signal on another rank'} came, step {self.parts.steps_done} of"
+            f" {self.parts.total_steps} was finished and its checkpoint written",
+            where=str(self.folder),
+            fix="The same command with --resume auto goes on from there",
+        )
+
+    def _step(self, batch: Batch) -> None:
+        run = self.parts
+        rate = learning_rate(run.steps_done, run.total_steps, run.config.optim, run.config.train.batch_size)
+        set_learning_rate(run.optimizer, rate)
+        self.rate = rate
+        run.interval.add(run.step(batch))
+        run.steps_done += 1
+        if run.ema is not None:
+            run.ema.update(run.student, step=run.steps_done)
+
+    def _log(self) -> None:
+        run = self.parts
+        first = run.steps_done - len(run.interval)
+        metrics, skipped = run.interval.read(run.ranks, run.config.train.batch_size, self.prefetcher.wait_seconds)
+        metrics = {
+            "step": run.steps_done,
+            **metrics,
+            "lr": self.rate,
+            "epoch": run.steps_done * run.config.train.batch_size / len(run.plan.index),
+            "skipped_updates": len(skipped),
+            "bad_samples": self.loader.bad_samples,
+        }
+        if run.ranks.device.type == "cuda":
+            metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        self.last_loss = metrics["loss"]
+        for sink in self.sinks:
+            sink.write(metrics)
+        self.display.show(metrics)
+        self.guard.note([first + offset for offset in skipped])
+        run.skipped = self.guard.skipped
+
+    def _save(self) -> None:
+        run = self.parts
+        if run.ranks.is_main:
+            self.checkpointer.save(run.steps_done, run.checkpoint_parts(), run.checkpoint_state())
+
+    def _wait_for_device(self) -> None:
+        """Once after the first step and once at the end, so that the run's overall rate is of finished work."""
+        if self.parts.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _close(self) -> None:
+        try:
+            self.prefetcher.close()
+            self.loader.close()
+        finally:
+            self.display.close()
+            for sink in self.sinks:
+                sink.close()
+            self.checkpointer.close()
+
+
+def _whole_plan(run: Run) -> SamplePlan:
+    """The plan of the whole global batch, whichever rank this is."""
+    plan, config = run.plan, run.config
+    return SamplePlan(
+        plan.index,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        mask=config.mask,
+        patch_size=run.student.patch_size,
+    )
+
+
+def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
+    config, ranks = run.config, run.ranks
+    weights = sum(p.numel() for p in run.student.parameters()) / 1e6
+    where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    lines = [
+        f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision} on {ranks.world} x {where}",
+        f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen, eager",
+        f"data      {len(run.plan.index):,} images, {config.data.loader}, batch {config.train.batch_size}",
+        f"kernels   {kernels}",
+        f"run       {run.total_steps:,} steps in {config.run.dir}",
+    ]
+    if checkpoint is not None:
+        lines.append(f"resumed   at step {run.steps_done:,} from {checkpoint}")
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""Optimizer, learning rate schedule and the update that skips itself on the device.
+
+Everything here is a pure function of the configuration and the step, so that resuming needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mvp_fast.config.schema import OptimConfig
+from mvp_fast.errors import ConfigError
+
+
+def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
+    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine to `min_lr`.
+
+    The peak is `optim.lr` scaled linearly by batch_size / reference_batch_size (Goyal et al., arXiv 1706.02677).
+    """
+    peak = optim.lr * batch_size / optim.reference_batch_size
+    floor = min(optim.min_lr, peak)
+    warmup = round(total_steps * optim.warmup_fraction)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min((step - warmup) / max(total_steps - warmup - 1, 1), 1.0)
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """An optimizer from timm's factory; torch's fused implementation where it has one.
+
+    Biases, norms, layer scales and everything in `model.no_weight_decay()` have no weight decay.
+
+    Raises:
+        ConfigError: timm knows no optimizer of that name, or it takes no such setting.
+    """
+    import timm.optim
+
+    name = optim.name.lower()
+    if name not in timm.optim.list_optimizers():
+        import difflib
+
+        near = difflib.get_close_matches(name, timm.optim.list_optimizers(), n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else "timm.optim.list_optimizers() has the names"
+        raise ConfigError(f"There is no optimizer `{optim.name}`", where="optim.name", fix=hint)
+    settings: dict[str, object] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "eps": optim.eps}
+    settings["betas"] = optim.betas
+    if name in FUSED:
+        settings["fused"] = True
+    try:
+        # timm groups by weight decay only where there is some; one group without it trains the same.
+        return timm.optim.create_optimizer_v2(model, opt=name, **settings)
+    except TypeError as error:
+        raise ConfigError(
+            f"The optimizer `{optim.name}` can't be built with betas and eps: {error}",
+            where="optim.name",
+            fix="Choose one of Adam's family: adamw, adam, nadamw, lamb, lion",
+        ) from error
+
+
+# torch's fused implementations take `found_inf`: they skip the whole update where it is 1, without a host sync.
+FUSED = frozenset({"adamw", "adam"})
+
+
+def apply_update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Take an optimizer step where `finite` (bool, shape ()) holds; otherwise change neither weights nor state.
+
+    Fused optimizers decide on the device. Others make the host wait for `finite` here.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~finite).to(torch.float32).reshape(())  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(finite):
+        optimizer.step()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every group; groups with an `lr_scale` (layer decay) keep their share."""
+    for group in optimizer.param_groups:
+        group["lr"] = value * group.get("lr_scale", 1.0)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: `<state>.<parameter>`, and `group.<number>.<name>` for counters.
+
+    Args:
+        names: the name of each parameter.
+    """
+    tensors: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"{key}.{names[parameter]}"] = torch.as_tensor(value)
+    for number, group in enumerate(optimizer.param_groups):
+        if isinstance(group.get("step"), int | Tensor):  # some of timm's optimizers count in the group
+            tensors[f"group.{number}.step"] = torch.as_tensor(group["step"])
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned; scalars that were Python numbers come back as Python numbers."""
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        key, _, parameter = name.partition(".")
+        if key == "group":
+            number, _, entry = parameter.partition(".")
+            group = optimizer.param_groups[int(number)]
+            group[entry] = tensor if isinstance(group.get(entry), Tensor) else tensor.item()
+        else:
+            by_parameter.setdefault(parameter, {})[key] = tensor
+    fused = bool(optimizer.defaults.get("fused"))
+    for parameter, name in ((p, names[p]) for group in optimizer.param_groups for p in group["params"]):
+        state = {}
+        for key, tensor in by_parameter.get(name, {}).items():
+            # torch keeps `step` on the host unless the update is fused, where it lies beside the weights
+            stays = key == "step" and not fused
+            state[key] = tensor.cpu() if stays else tensor.to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state

@@ -1,0 +1,137 @@
+"""One optimizer step: student, teacher, loss, backward, clip, update. No input or output, no host synchronisation.
+
+Shape legend: B images, H and W pixels, C channels, N patches, P pixel values a patch, M tokens in the loss,
+L blocks, S the two branches of a block (attention, MLP).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mvp_fast.config.schema import Config
+from mvp_fast.loaders.base import Batch
+from mvp_fast.models.student import Student
+from mvp_fast.models.teacher import Teacher
+from mvp_fast.objective.guided import Objective
+from mvp_fast.samples.plan import PlanRows
+from mvp_fast.samples.random import Stream, uniforms
+from mvp_fast.train.optim import apply_update
+from mvp_kernels import dispatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves on the device; reading it makes the host wait.
+
+    Attributes:
+        loss: float32 (), mean over this rank's images.
+        grad_norm: float32 (), norm of the whole gradient before clipping (over all ranks).
+        finite: bool (), whether loss and gradient were finite, so that the update was taken.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    finite: Tensor
+
+
+class TrainStep:
+    """The step as a callable: `step(batch) -> StepResult`.
+
+    Args:
+        student: the bare student (its parameters are what `optimizer` updates).
+        forward: the module that is called: the student itself, or its DistributedDataParallel wrapper.
+        teacher: frozen; its features are the targets.
+        objective: which tokens, which normalisation, which loss.
+        optimizer: from `build_optimizer`; its learning rate is set by the caller.
+        config: the resolved configuration.
+        device: where everything runs.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        forward: nn.Module,
+        teacher: Teacher,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        device: torch.device,
+    ) -> None:
+        self.student, self.forward, self.teacher = student, forward, teacher
+        self.objective, self.optimizer, self.config, self.device = objective, optimizer, config, device
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.autocast = config.train.precision == "bf16"
+
+    def __call__(self, batch: Batch) -> StepResult:
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.config.train.accumulate
+        size = len(batch.rows) // parts
+        drop_scale_LSB = self._drop_scale(batch.rows)
+        loss = torch.zeros((), device=self.device)
+        for part in range(parts):
+            these = slice(part * size, (part + 1) * size)
+            with self._gradient_sync(last=part == parts - 1):
+                part_loss = self._loss(
+                    batch.images_BHWC[these],
+                    batch.masked_BM[these],
+                    None if drop_scale_LSB is None else drop_scale_LSB[:, :, these],
+                )
+                # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
+                # gradient tells every rank after its all-reduce, and all of them skip the same update.
+                poison = torch.where(torch.isfinite(part_loss.detach()), 1.0 / parts, torch.nan)
+                (part_loss * poison).backward()  # type: ignore[no-untyped-call]
+            loss += part_loss.detach() / parts
+        grad_norm = self._clip()
+        finite = torch.isfinite(grad_norm)
+        apply_update(self.optimizer, finite)
+        return StepResult(loss, grad_norm, finite)
+
+    def _loss(self, images_BHWC: Tensor, masked_BM: Tensor, drop_scale_LSB: Tensor | None) -> Tensor:
+        student = self.student
+        patches_BNP = dispatch.patchify(
+            images_BHWC, student.patch_size, student.mean, student.std, impl=self.config.kernels.impl
+        )
+        images, patches = patches_BNP.shape[:2]
+        mask_BN = torch.zeros(images, patches, dtype=torch.bool, device=self.device)
+        mask_BN.scatter_(1, masked_BM, True)
+        index_BM = self.objective.token_index(masked_BM, patches)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            target_BMD = self.teacher(images_BHWC, index_BM)
+            predicted_BMD = self.forward(patches_BNP, mask_BN, index_BM, drop_scale_LSB)
+        return self.objective(predicted_BMD, target_BMD).loss
+
+    def _clip(self) -> Tensor:
+        limit = self.config.optim.clip_grad
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if limit > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm
+
+    def _drop_scale(self, rows: PlanRows) -> Tensor | None:
+        """Stochastic depth (arXiv 1603.09382) from the plan: 0 or 1 / keep for each block, branch and image.
+
+        A pure function of seed, epoch and position, so that ranks, batch splits and resumed runs agree.
+        """
+        rates_L = np.asarray(self.student.drop_path_rates, dtype=np.float64)
+        if not rates_L.any():
+            return None
+        depth = len(rates_L)
+        uniforms_BLS = uniforms(self.config.seed, Stream.DROP_PATH, rows.epoch_B, rows.position_B, 2 * depth)
+        uniforms_LSB = uniforms_BLS.reshape(-1, depth, 2).transpose(1, 2, 0)
+        keep_L11 = 1.0 - rates_L[:, None, None]
+        scale_LSB = torch.from_numpy(np.where(uniforms_LSB < keep_L11, 1.0 / keep_L11, 0.0).astype(np.float32))
+        if self.device.type == "cuda":
+            return scale_LSB.pin_memory().to(self.device, non_blocking=True)
+        return scale_LSB
+
+    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Ranks average their gradients in the last micro-batch only."""
+        if not last and isinstance(self.forward, nn.parallel.DistributedDataParallel):
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
