@@ -1,11 +1,11 @@
 """Errors meant for users: one paragraph each (what happened, where, what to do) and one exit code a kind.
 
-    0  done
-    2  usage or configuration      ConfigError
-    3  data                        DataError
-    4  environment                 EnvironmentProblem
-    5  training diverged           TrainingDiverged
-    75 preempted, checkpoint written, try again    Preempted
+0  done
+2  usage or configuration      ConfigError
+3  data                        DataError
+4  environment                 EnvironmentProblem
+5  training diverged           TrainingDiverged
+75 preempted, checkpoint written, try again    Preempted
 """
 
 from __future__ import annotations

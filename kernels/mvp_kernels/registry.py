@@ -22,7 +22,7 @@ CHOICES = ("auto", *IMPLEMENTATIONS)
 ENVIRONMENT = "MVP_KERNELS"
 
 
-class KernelUnavailable(RuntimeError):  # noqa: N818 (a state of the machine)
+class KernelUnavailable(RuntimeError):
     """The implementation that was asked for by name does not exist or does not work here."""
 
 

@@ -48,7 +48,7 @@ def config_from_dict(values: dict[str, Any], *, source: str) -> Config:
     import cattrs
 
     try:
-        return _converter().structure(values, Config)
+        return typing.cast(Config, _converter().structure(values, Config))
     except cattrs.BaseValidationError as error:
         reasons = "; ".join(cattrs.transform_error(error, path="config", format_exception=lambda e, _: str(e)))
         raise ConfigError(f"A value has the wrong type: {reasons}", where=source) from error

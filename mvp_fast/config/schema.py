@@ -1,7 +1,7 @@
 """Every setting of a run: one frozen dataclass a part, one docstring a field (`mvp-fast train --help` shows them).
 
 The values here are the ViT-B/16 recipe; configs/*.yaml say what differs. This module imports nothing heavy, so that
-`--help` answers at once. Marks as in the literature: "BEiT" is arXiv 2106.08254, "BEiT v2" 2208.06366, "MVP" 2203.05175.
+`--help` answers at once. Marks: BEiT is arXiv 2106.08254, BEiT v2 2208.06366, MVP 2203.05175.
 """
 
 from __future__ import annotations

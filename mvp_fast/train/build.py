@@ -12,6 +12,7 @@ from torch import Tensor
 from mvp_fast.config.load import config_to_dict
 from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+from mvp_fast.loaders.base import Loader
 from mvp_fast.loaders.registry import make_loader
 from mvp_fast.models.student import Student, patch_size_of
 from mvp_fast.models.teacher import Teacher, build_teacher
@@ -107,9 +108,13 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         )
     if state is not None:
         _check_plan(state, plan, checkpoint)
-    teacher = build_teacher(config.teacher, grid=plan.grid, image_size=config.data.image_size)
+    teacher = build_teacher(config.teacher, grid=plan.grid, image_size=config.data.image_size, impl=config.kernels.impl)
     student = Student(
-        config.student, target_width=teacher.width, image_size=config.data.image_size, seed=config.seed
+        config.student,
+        target_width=teacher.width,
+        image_size=config.data.image_size,
+        seed=config.seed,
+        impl=config.kernels.impl,
     ).to(ranks.device)
     teacher.to(ranks.device)
     if state is not None and state["teacher"] != teacher.fingerprint:
@@ -138,7 +143,8 @@ def open_index(config: Config) -> Index:
             return Index.synthetic()
         raise ConfigError(
             "There is no data set: data.index is empty",
-            fix="Write an index with `mvp-fast data index DIR` and give --data.index DIR, or try --data.loader synthetic",
+            fix="Write an index with `mvp-fast data index DIR` and give --data.index DIR,"
+            " or try --data.loader synthetic",
         )
     index = Index.open(config.data.index)
     if config.data.loader != "synthetic":
@@ -146,7 +152,7 @@ def open_index(config: Config) -> Index:
     return index
 
 
-def build_loader(run: Run, ledger: Path | None) -> Any:
+def build_loader(run: Run, ledger: Path | None) -> Loader:
     """The loader that the configuration names; `ledger` takes the samples that did not decode."""
     return make_loader(
         run.config.data.loader,
@@ -154,6 +160,7 @@ def build_loader(run: Run, ledger: Path | None) -> Any:
         seed=run.config.seed,
         local_ranks=run.ranks.local_world,
         ledger=ledger,
+        device=run.ranks.device,
     )
 
 

@@ -19,6 +19,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.models.student import Student
 
 STATE_VERSION = 1
+# One process writes on purpose, see above.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 Parts = dict[str, dict[str, Tensor]]
 
 
@@ -246,18 +249,18 @@ def load_student(run: Path, checkpoint: str = "latest", ema: bool = False) -> tu
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy that later updates don't touch; scalars get a dimension, which the storage needs."""
+    """A copy that later updates don't touch."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _write_part(folder: Path, tensors: dict[str, Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise (cause if isinstance(cause, OSError) else OSError(errno.EIO, str(cause))) from error

@@ -217,7 +217,8 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     weights = sum(p.numel() for p in run.student.parameters()) / 1e6
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     lines = [
-        f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision} on {ranks.world} x {where}",
+        f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
+        f" on {ranks.world} x {where}",
         f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen, eager",
         f"data      {len(run.plan.index):,} images, {config.data.loader}, batch {config.train.batch_size}",
         f"kernels   {kernels}",

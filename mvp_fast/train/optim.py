@@ -51,12 +51,14 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         settings["fused"] = True
     try:
         # timm groups by weight decay only where there is some; one group without it trains the same.
-        return timm.optim.create_optimizer_v2(model, opt=name, **settings)
-    except TypeError as error:
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(model, opt=name, **settings)
+        return optimizer
+    except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:
+        # Each optimizer has its own way to refuse: a package or GPU it lacks, or betas of another number.
         raise ConfigError(
-            f"The optimizer `{optim.name}` can't be built with betas and eps: {error}",
+            f"The optimizer `{optim.name}` can't be built here: {error}",
             where="optim.name",
-            fix="Choose one of Adam's family: adamw, adam, nadamw, lamb, lion",
+            fix="Choose one that needs nothing else and takes two betas, such as adamw, nadamw, lamb or lion",
         ) from error
 
 
@@ -84,7 +86,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: `<state>.<parameter>`, and `group.<number>.<name>` for counters.
+    """The optimizer's state as named tensors: `<state>.<parameter>`, and `group_*.<number>` for groups' counters.
 
     Args:
         names: the name of each parameter.
@@ -94,8 +96,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
         for key, value in state.items():
             tensors[f"{key}.{names[parameter]}"] = torch.as_tensor(value)
     for number, group in enumerate(optimizer.param_groups):
-        if isinstance(group.get("step"), int | Tensor):  # some of timm's optimizers count in the group
-            tensors[f"group.{number}.step"] = torch.as_tensor(group["step"])
+        if "step" in group:  # some of timm's optimizers count in the group, as a tensor or as a number
+            kind = "group_tensor" if isinstance(group["step"], Tensor) else "group_number"
+            tensors[f"{kind}.{number}"] = torch.as_tensor(group["step"])
     return tensors
 
 
@@ -106,10 +109,8 @@ def load_optimizer_tensors(
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, _, parameter = name.partition(".")
-        if key == "group":
-            number, _, entry = parameter.partition(".")
-            group = optimizer.param_groups[int(number)]
-            group[entry] = tensor if isinstance(group.get(entry), Tensor) else tensor.item()
+        if key in ("group_tensor", "group_number"):
+            optimizer.param_groups[int(parameter)]["step"] = tensor.clone() if key == "group_tensor" else tensor.item()
         else:
             by_parameter.setdefault(parameter, {})[key] = tensor
     fused = bool(optimizer.defaults.get("fused"))
@@ -118,6 +119,6 @@ def load_optimizer_tensors(
         for key, tensor in by_parameter.get(name, {}).items():
             # torch keeps `step` on the host unless the update is fused, where it lies beside the weights
             stays = key == "step" and not fused
-            state[key] = tensor.cpu() if stays else tensor.to(parameter.device)
+            state[key] = tensor.to("cpu" if stays else parameter.device, copy=True)
         if state:
             optimizer.state[parameter] = state

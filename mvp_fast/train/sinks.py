@@ -54,17 +54,17 @@ class TensorBoard:
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, metrics: Metrics) -> None:
         """Write every number of the line."""
         for name, value in metrics.items():
             if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, metrics["step"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, metrics["step"])
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WeightsAndBiases:

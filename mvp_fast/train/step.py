@@ -84,7 +84,7 @@ class TrainStep:
                 # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
                 # gradient tells every rank after its all-reduce, and all of them skip the same update.
                 poison = torch.where(torch.isfinite(part_loss.detach()), 1.0 / parts, torch.nan)
-                (part_loss * poison).backward()  # type: ignore[no-untyped-call]
+                (part_loss * poison).backward()
             loss += part_loss.detach() / parts
         grad_norm = self._clip()
         finite = torch.isfinite(grad_norm)
