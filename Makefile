@@ -7,7 +7,7 @@ RUN ?= runs/demo
 SCENES ?= data/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: train test lint bench install clean
+.PHONY: train test lint bench install constraints clean
 
 install: $(STAMP)
 
@@ -38,6 +38,12 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/pytest benchmarks
+
+# torch 2.11 is the oldest that is supported, and what the pins hold to.
+constraints: $(VENV)/bin/uv
+	printf 'torch==2.11.0\ntorchvision==0.26.0\ntriton==3.6.0\n' > $(VENV)/pins.txt
+	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --no-annotate --no-header \
+	  --constraint $(VENV)/pins.txt --extra dev --output-file constraints.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) build *.egg-info

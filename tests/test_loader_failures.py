@@ -28,9 +28,10 @@ from mvp_fast.config.schema import DataConfig, MaskConfig
 from mvp_fast.errors import DataError
 from mvp_fast.loaders import dali, encoded
 from mvp_fast.loaders.base import Batch
-from mvp_fast.loaders.encoded import BadSampleError, read_jpeg_header
+from mvp_fast.loaders.encoded import BadSampleError
 from mvp_fast.loaders.failures import MAX_STAND_INS, BadSamples, Failure, Settled, settle
 from mvp_fast.loaders.registry import make_loader
+from mvp_fast.samples.encoded_image import read_jpeg_header
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index
 from mvp_fast.samples.plan import SamplePlan

@@ -15,7 +15,7 @@ option overrides one setting. Under torchrun: torchrun --nproc-per-node 8 -m mvp
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns its exit code."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("mvp-fast train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default="")
     parser.add_argument("--print-config", action="store_true")
     own, rest = parser.parse_known_args(argv)
@@ -36,11 +36,12 @@ def _train(config: Config) -> int:
         outcome = train(config, ranks)
         if not ranks.is_main:
             return 0
-    if outcome.loss is None:
+    if not outcome.images_per_second:
         print(f"The run is complete: {outcome.steps} steps. A greater --train.steps goes on from here.")
     else:
         memory = f", peak GPU memory {outcome.peak_memory_bytes / 2**30:.1f} GiB" if outcome.peak_memory_bytes else ""
-        print(f"\n{outcome.steps} steps, 1 - cos {outcome.loss:.4f}{memory}")
+        loss = "every update of the last steps skipped" if outcome.loss is None else f"1 - cos {outcome.loss:.4f}"
+        print(f"\n{outcome.steps} steps, {loss}{memory}")
         print(f"{outcome.images_per_second:.1f} images/s, {100 * outcome.data_wait:.1f} % of the time waiting for data")
     print(f"run      {outcome.folder}")
     print(f"next     mvp-fast export {outcome.folder} --format timm")

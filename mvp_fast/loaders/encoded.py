@@ -3,12 +3,10 @@
 Every backend reads through here, so that all of them call the same samples bad. What counts as bad:
 
 - the file is missing or cannot be read, or is not as long as the index says;
-- a JPEG without an end-of-image marker after its header: it was cut short. libjpeg fills such images with grey in
-  silence (where padding follows, Pillow does too), so the marker is looked for here, before any decoder;
-- the decoded image is not as large as the index says, and so the plan's box would not fit it;
-- Pillow does not decode it. Where a faster decoder refuses an image, Pillow has the last word.
+- the image can't be used, by the judgement of `samples.encoded_image` that `data index --verify` passes too;
+- the decoded image is not as large as the index says, and so the plan's box would not fit it.
 
-EXIF orientation is ignored throughout: width, height and boxes are those of the stored pixels.
+Where a faster decoder refuses an image, Pillow has the last word.
 """
 
 from __future__ import annotations
@@ -16,23 +14,16 @@ from __future__ import annotations
 import errno
 import io
 import os
-import struct
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mvp_fast.samples.encoded_image import BrokenImageError, check_markers, open_image, to_rgb
 from mvp_fast.samples.index import Index
-from mvp_fast.samples.probe import FORMATS
 
 BadKind = Literal["missing", "stale", "broken"]
 
-SOI, EOI = b"\xff\xd8", b"\xff\xd9"
-# Frame headers (ITU-T T.81, table B.1): baseline, extended sequential and progressive, all Huffman-coded.
-_USUAL_FRAMES = frozenset((0xC0, 0xC1, 0xC2))
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
 # Trouble of this process, not of a file: these are no reason to call a sample bad.
 _OUR_TROUBLE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 
@@ -51,24 +42,6 @@ class BadSampleError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class JpegHeader:
-    """What a JPEG's markers say up to the first scan.
-
-    Attributes:
-        width, height: pixels as stored.
-        components: 1 grey, 3 colour, 4 CMYK or YCCK.
-        usual: 8 bits a sample, Huffman-coded, sequential or progressive: what every decoder takes.
-        scan: offset of the first start-of-scan marker.
-    """
-
-    width: int
-    height: int
-    components: int
-    usual: bool
-    scan: int
-
-
-@dataclass(frozen=True, slots=True)
 class Encoded:
     """The bytes of one sample, as the index describes it.
 
@@ -80,32 +53,6 @@ class Encoded:
 
     data: bytes
     plain_jpeg: bool
-
-
-def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Walk the markers of a JPEG up to the first scan; None where they cannot be followed (Pillow decides then)."""
-    frame: tuple[int, int, int, bool] | None = None
-    position = 2
-    try:
-        while True:
-            if data[position] != 0xFF:
-                return None
-            while data[position] == 0xFF:  # any number of fill bytes may precede a marker
-                position += 1
-            marker = data[position]
-            position += 1
-            if marker in _WITHOUT_LENGTH:
-                continue
-            if marker == 0xDA:
-                return None if frame is None else JpegHeader(*frame, scan=position - 2)
-            if marker in _FRAMES:
-                bits, height, width, components = struct.unpack_from(">BHHB", data, position + 2)
-                frame = (width, height, components, marker in _USUAL_FRAMES and bits == 8)
-            position += int.from_bytes(data[position : position + 2], "big")
-            if marker in (0xD8, 0xD9):
-                return None
-    except (IndexError, struct.error):
-        return None
 
 
 def read(index: Index, sample: int) -> Encoded:
@@ -120,39 +67,32 @@ def read(index: Index, sample: int) -> Encoded:
         OSError: this process is out of file descriptors or memory.
     """
     data = _read_bytes(index.file(sample), int(index.offset[sample]), int(index.length[sample]))
-    if not data.startswith(SOI):
-        return Encoded(data, plain_jpeg=False)
-    header = read_jpeg_header(data)
-    if data.rfind(EOI, 2 if header is None else header.scan) < 0:
-        raise BadSampleError("broken", "the JPEG is cut short: it has no end-of-image marker")
+    try:
+        header = check_markers(data)
+    except BrokenImageError as error:
+        raise BadSampleError("broken", str(error)) from error
     if header is None:
         return Encoded(data, plain_jpeg=False)
-    _check_size(index, sample, header.width, header.height)
+    wrong = _wrong_size(index, sample, header.width, header.height)
+    if wrong is not None:
+        raise wrong
     return Encoded(data, plain_jpeg=header.usual and header.components in (1, 3))
 
 
 def decode(index: Index, sample: int, encoded: Encoded) -> Image.Image:
-    """Decode the whole image with Pillow, to RGB: the last word on whether a sample is bad.
-
-    Alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps its upper 8 bits.
+    """Decode the whole image with Pillow, to RGB (see `to_rgb`): the last word on whether a sample is bad.
 
     Raises:
         BadSampleError: Pillow refuses it, or the image is not as large as the index says.
     """
     try:
-        with Image.open(io.BytesIO(encoded.data), formats=FORMATS) as image:
-            _check_size(index, sample, *image.size)
-            if image.mode.startswith("I;16"):  # Pillow would clip these at 255 instead of scaling
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            if image.mode in ("I", "F"):
-                raise BadSampleError("broken", f"its pixels are of type {image.mode}, which has no defined range")
-            return image.convert("RGB")
-    except (BadSampleError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:  # its text names a memory address
-        raise BadSampleError("broken", f"it is none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # on broken data Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise BadSampleError("broken", f"Pillow does not decode it: {error}") from error
+        with open_image(io.BytesIO(encoded.data)) as image:
+            wrong = _wrong_size(index, sample, *image.size)
+            if wrong is None:
+                return to_rgb(image)
+    except BrokenImageError as error:
+        raise BadSampleError("broken", str(error)) from error
+    raise wrong
 
 
 def _read_bytes(path: os.PathLike[str], offset: int, length: int) -> bytes:
@@ -180,8 +120,9 @@ def _read_bytes(path: os.PathLike[str], offset: int, length: int) -> bytes:
         raise BadSampleError("missing", f"the file cannot be read: {error.strerror}") from error
 
 
-def _check_size(index: Index, sample: int, width: int, height: int) -> None:
-    """BadSampleError where the image is not as large as the index says."""
+def _wrong_size(index: Index, sample: int, width: int, height: int) -> BadSampleError | None:
+    """What to raise where the image is not as large as the index says."""
     indexed = int(index.width[sample]), int(index.height[sample])
-    if (width, height) != indexed:
-        raise BadSampleError("stale", f"the image is {width}x{height} pixels, the index says {indexed[0]}x{indexed[1]}")
+    if (width, height) == indexed:
+        return None
+    return BadSampleError("stale", f"the image is {width}x{height} pixels, the index says {indexed[0]}x{indexed[1]}")

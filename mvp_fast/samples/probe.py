@@ -13,13 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
-
 from mvp_fast.errors import EnvironmentProblem
+from mvp_fast.samples.encoded_image import BrokenImageError, judge, open_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-"""What may be in a file, whatever its extension says: ImageNet holds a PNG named .JPEG."""
 CHUNK = 256
 
 
@@ -33,25 +30,26 @@ class Probe(NamedTuple):
 
 
 def probe(file: str, verify: bool) -> Probe:
-    """Read an image's header; with `verify`, decode it whole."""
+    """Read an image's header; with `verify`, judge the whole file as the loaders do."""
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             return Probe(reason="not a regular file")
         if status.st_size == 0:
             return Probe(reason="the file is empty")
-        with warnings.catch_warnings():
+        with open(file, "rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of images that are large, of metadata that is odd
-            with Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if verify:
-                    image.load()
-    except UnidentifiedImageError:
-        return Probe(reason=f"no image in the format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+            if verify:
+                width, height = judge(stream.read())
+            else:
+                with open_image(stream) as image:
+                    width, height = image.size
     except OSError as error:
         return Probe(reason=error.strerror or str(error))
-    except Exception as error:  # PIL lets many kinds through when a file is corrupt: SyntaxError, struct.error, ...
-        return Probe(reason=f"{type(error).__name__}: {error}")
+    except BrokenImageError as error:
+        return Probe(reason=str(error))
+    except MemoryError:
+        return Probe(reason="decoding it takes more memory than there is")
     if width < 1 or height < 1:
         return Probe(reason=f"the image has {width} x {height} pixels")
     return Probe(status.st_size, width, height)

@@ -24,7 +24,7 @@ from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from mvp_fast.train.step import TrainStep
 from mvp_fast.train.telemetry import Interval
-from mvp_kernels import dispatch
+from mvp_kernels import dispatch, registry
 
 
 @dataclass
@@ -88,7 +88,7 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         DataError: the index, its files or the checkpoint are missing or do not fit.
         EnvironmentProblem: a kernel implementation was asked for that this machine can't run.
     """
-    _check_kernels(config)
+    _check_kernels(config, ranks.device)
     state = read_state(checkpoint) if checkpoint else None  # cheap, and may end the attempt before models are built
     index = open_index(config)
     plan = SamplePlan(
@@ -164,14 +164,16 @@ def build_loader(run: Run, ledger: Path | None) -> Loader:
     )
 
 
-def _check_kernels(config: Config) -> None:
+def _check_kernels(config: Config, device: torch.device) -> None:
+    impl, variable = config.kernels.impl, registry.ENVIRONMENT
     try:
-        dispatch.resolve(config.kernels.impl)
+        dispatch.resolve(impl, device.type)
     except dispatch.KernelUnavailable as error:
+        by_variable = impl == "auto"  # auto itself can always be met
         raise EnvironmentProblem(
             str(error),
-            where=f"kernels.impl {config.kernels.impl}",
-            fix="Set kernels.impl to auto or reference",
+            where=f"the environment variable {variable}" if by_variable else f"kernels.impl {impl}",
+            fix=f"Unset {variable}, or set it to reference" if by_variable else "Set kernels.impl to auto or reference",
         ) from error
 
 

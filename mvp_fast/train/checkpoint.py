@@ -8,6 +8,7 @@
             ema/*.safetensors           only with train.ema_decay
             progress/*.safetensors      losses since the last metric line
         .step-00002000.partial/         being written, or left by a crash; never read, removed at the next start
+        superseded-step-00003000/       of a course that the run left when it went on from an earlier step
 
 The tensors go through torch.distributed.checkpoint with its safetensors storage. Under DDP every rank holds the same
 values, so rank 0 alone writes.
@@ -33,6 +34,8 @@ from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.models.student import Student
 
 STATE_VERSION = 1
+STATE_KEYS = frozenset({"step", "config", "plan", "teacher", "target_width", "total_steps", "skipped"})
+PART_INDEX = "model.safetensors.index.json"  # tensor -> file; the storage writer's name for it
 # One process writes on purpose, see above.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 Parts = dict[str, dict[str, Tensor]]
@@ -45,15 +48,26 @@ class Checkpointer:
         folder: RUN/checkpoints; made where missing.
         keep: newest checkpoints kept; 0 keeps all.
         active: False on the ranks that write nothing; every call is then free.
+        start_step: the step that the run goes on from. Later checkpoints are of a course that it has left: they are set
+            aside, so that they neither stand in the way of its own nor count as the newest.
+
+    Attributes:
+        superseded: checkpoints that were set aside, under their new names.
+
+    Raises:
+        EnvironmentProblem: the folder can't be made or written.
     """
 
-    def __init__(self, folder: Path, keep: int, active: bool = True) -> None:
+    def __init__(self, folder: Path, keep: int, active: bool = True, start_step: int | None = None) -> None:
         self.folder, self.keep, self.active = folder, keep, active
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.superseded: list[Path] = []
         if active:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if start_step is not None:
+                    self.superseded = _set_aside(folder, start_step)
             except OSError as error:
                 raise _cannot_write(folder, error) from error
             for leftover in folder.glob(".step-*"):
@@ -105,11 +119,11 @@ class Checkpointer:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, final)
-            _sync_folder(self.folder)
+            _sync(self.folder)
+            self._drop_old()
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _cannot_write(final, error) from error
-        self._drop_old()
 
     def _drop_old(self) -> None:
         if self.keep:
@@ -161,9 +175,13 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         version = state["version"]
+        missing = sorted(STATE_KEYS - state.keys()) if version == STATE_VERSION else []
+        if missing:
+            raise KeyError(*missing)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"state.json lacks {', '.join(error.args)}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"This is no whole checkpoint: {error}", where=str(path), fix="Name another with --resume PATH"
+            f"This is no whole checkpoint: {reason}", where=str(path), fix="Name another with --resume PATH"
         ) from error
     if version != STATE_VERSION:
         raise DataError(
@@ -183,20 +201,24 @@ def read_part(path: Path, part: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not (path / part).is_dir():
+        raise DataError(f"The checkpoint has no part `{part}`", where=str(path), fix=_OLDER)
     tensors: dict[str, Tensor] = {}
-    files = sorted((path / part).glob("*.safetensors"))
-    if not files:
-        raise DataError(f"The checkpoint has no part `{part}`", where=str(path))
-    for file in files:
-        try:
+    file = path / part / PART_INDEX
+    try:
+        # A part may be empty: an optimizer before its first update has no state.
+        files = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        for file in sorted({path / part / name for name in files.values()}):
             tensors.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise DataError(
-                f"The checkpoint is damaged: {error}",
-                where=str(file),
-                fix="Go on from an older one with --resume PATH",
-            ) from error
+        if lost := sorted(files.keys() - tensors.keys()):
+            raise KeyError(f"{', '.join(lost[:3])} not found")
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or error
+        raise DataError(f"The checkpoint is damaged: {reason}", where=str(file), fix=_OLDER) from error
     return tensors
+
+
+_OLDER = "Go on from an older one with --resume PATH"
 
 
 def load_weights(model: torch.nn.Module, path: Path, part: str) -> None:
@@ -264,12 +286,24 @@ def _write_part(folder: Path, tensors: dict[str, Tensor]) -> None:
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise (cause if isinstance(cause, OSError) else OSError(errno.EIO, str(cause))) from error
-    _sync_folder(folder)
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames and new files in `folder` survive a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY)
+def _set_aside(folder: Path, start_step: int) -> list[Path]:
+    """Rename what is later than `start_step`, whole or not; an earlier one set aside under that name makes room."""
+    aside = []
+    for path in sorted(folder.glob("step-*")):
+        if path.is_dir() and path.name > checkpoint_name(start_step):
+            aside.append(path.with_name(f"superseded-{path.name}"))
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            os.replace(path, aside[-1])
+    return aside
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or renames and new files in a folder, survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

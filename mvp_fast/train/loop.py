@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def train(config: Config, ranks: Ranks) -> Outcome:
     run = build_run(config, ranks, checkpoint)
     environment = describe_environment(ranks)
     environment["teacher"] = run.teacher.fingerprint
-    environment["kernels"] = dispatch.resolve(config.kernels.impl)
+    environment["kernels"] = dispatch.resolve(config.kernels.impl, ranks.device.type)
     folder = Path(config.run.dir)
     if ranks.is_main:
         prepare_folder(config, environment)
@@ -84,16 +85,32 @@ class _Loop:
 
     def __init__(self, run: Run, folder: Path, display: Display, stop: StopRequest) -> None:
         self.parts, self.folder, self.display, self.stop = run, folder, display, stop
+        self.last_loss: float | None = None
+        self.open = contextlib.ExitStack()  # what must be closed, even where opening the next thing fails
+        with contextlib.ExitStack() as opened:
+            opened.callback(display.close)
+            self._open_parts(opened)
+            self.open = opened.pop_all()
+
+    def _open_parts(self, opened: contextlib.ExitStack) -> None:
+        run, folder = self.parts, self.folder
         config, ranks = run.config, run.ranks
+        keep = config.train.keep_checkpoints
+        self.checkpointer = Checkpointer(folder / "checkpoints", keep, ranks.is_main, run.steps_done)
+        opened.callback(self.checkpointer.close)
+        for path in self.checkpointer.superseded:
+            self.display.say(f"aside     a checkpoint later than step {run.steps_done:,}: now {path}")
         self.sinks = open_sinks(config, folder, run.steps_done) if ranks.is_main else []
-        self.checkpointer = Checkpointer(folder / "checkpoints", config.train.keep_checkpoints, active=ranks.is_main)
+        for sink in self.sinks:
+            opened.callback(sink.close)
         ledger = folder / "nonfinite.jsonl" if ranks.is_main else None
         self.guard = NonFiniteGuard(_whole_plan(run), config.train.nonfinite_budget, ledger, run.skipped)
         # Each rank decodes other samples, so each keeps its own ledger; one rank's is the usual name.
         name = "bad_samples.jsonl" if ranks.world == 1 else f"bad_samples.rank{ranks.rank}.jsonl"
         self.loader = build_loader(run, folder / name)
+        opened.callback(self.loader.close)
         self.prefetcher = Prefetcher(self.loader, run.plan, run.steps_done, ranks.device, config.data.prefetch)
-        self.last_loss: float | None = None
+        opened.callback(self.prefetcher.close)
 
     def run(self) -> Outcome:
         run, train = self.parts, self.parts.config.train
@@ -121,7 +138,7 @@ class _Loop:
             memory = torch.cuda.max_memory_allocated() if run.ranks.device.type == "cuda" else 0
             return Outcome(self.folder, run.steps_done, images / seconds, data_wait, self.last_loss, memory)
         finally:
-            self._close()
+            self.open.close()
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, or one of the agreed ends: all ranks save the same state before any of them leaves."""
@@ -187,16 +204,6 @@ class _Loop:
         """Once after the first step and once at the end, so that the run's overall rate is of finished work."""
         if self.parts.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def _close(self) -> None:
-        try:
-            self.prefetcher.close()
-            self.loader.close()
-        finally:
-            self.display.close()
-            for sink in self.sinks:
-                sink.close()
-            self.checkpointer.close()
 
 
 def _whole_plan(run: Run) -> SamplePlan:
