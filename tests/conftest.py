@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def run_verb(*words: Any, check: bool = True, **options: Any) -> subprocess.Comp
     return done
 
 
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, Any]:
+    """The settings of a tiny run, as the command line names them."""
+    return dict(TINY)
+
+
 @pytest.fixture
 def train(scenes: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Call `mvp-fast train` with the tiny settings; keywords with `__` for the dot override them."""
@@ -90,3 +97,94 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def losses(run: Path) -> dict[int, float]:
     """The loss at each step."""
     return {line["step"]: line["loss"] for line in read_metrics(run)}
+
+
+class Process:
+    """A process that `Launcher` started."""
+
+    def __init__(self, launcher: Launcher, pid: int, out: Path, err: Path) -> None:
+        self._launcher, self.pid, self._out, self._err = launcher, pid, out, err
+        self.code: int | None = None
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text() if self._out.exists() else ""
+
+    @property
+    def err(self) -> str:
+        """What it has printed on standard error so far."""
+        return self._err.read_text() if self._err.exists() else ""
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal's number where one ended it; None while it runs."""
+        if self.code is None:
+            self.code = self._launcher.ask({"poll": self.pid})["code"]
+        return self.code
+
+    def wait(self) -> int:
+        """The exit code, as soon as there is one."""
+        self.wait_until(lambda: self.poll() is not None)
+        assert self.code is not None
+        return self.code
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Wait for something; an error where the process ends before that, or nothing happens for minutes."""
+        give_up = time.monotonic() + 200
+        while not happened():
+            assert time.monotonic() < give_up, f"it hangs\n{self.out}\n{self.err}"
+            assert self.code is not None or self.poll() is None or happened(), f"{self.code}\n{self.out}\n{self.err}"
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        assert self.poll() is None, f"it has ended already: {self.code}\n{self.err}"
+        os.kill(self.pid, number)
+
+
+class Launcher:
+    """Starts `mvp-fast` in processes of their own, without the seconds that the imports take; see fork_server.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._server = subprocess.Popen(
+            [sys.executable, str(REPO / "tests" / "fork_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request to the server and its answer."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
+
+    def start(self, *words: Any, env: dict[str, str] | None = None) -> Process:
+        """Start one process and go on."""
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        request = {"argv": list(map(str, words)), "environment": env or {}, "out": str(out), "err": str(err)}
+        return Process(self, self.ask(request)["pid"], out, err)
+
+    def run(self, *words: Any, code: int = 0) -> Process:
+        """Start one process and wait for its end, which must come with this exit code."""
+        process = self.start(*words)
+        assert process.wait() == code, f"exit {process.code}\n{process.out}\n{process.err}"
+        return process
+
+    def close(self) -> None:
+        """End the server and what it started."""
+        self._server.communicate()
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Processes of their own that start fast."""
+    launcher = Launcher(tmp_path_factory.mktemp("processes"))
+    yield launcher
+    launcher.close()

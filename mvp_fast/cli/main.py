@@ -5,12 +5,13 @@ Nothing heavy is imported here: `mvp-fast --help` must answer at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 
 from mvp_fast import __version__
-from mvp_fast.errors import UserError
+from mvp_fast.errors import EnvironmentProblem, UserError
 
 # verb -> (module, one line for the help). A module has main(argv) -> exit code.
 VERBS = {
@@ -26,6 +27,23 @@ EXIT_CODES = (
     "0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged, "
     "75 preempted with a checkpoint written (try again)"
 )
+
+# What a user can mend although no room of the program foresaw it where it came up. Other errors show a traceback.
+_SPACE = "Free some space, or write to another disk; what was finished before is whole"
+_RIGHTS = "Mend the rights of the place, or choose another"
+_LIMIT = "Raise the limit (ulimit -a), or take fewer threads or ranks"
+MACHINE_TROUBLE = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.EMFILE: _LIMIT,
+    errno.ENFILE: _LIMIT,
+    errno.ENOMEM: _LIMIT,
+    errno.EIO: "The disk or the network file system has a fault: see the system's log",
+}
 
 
 def usage(prefix: str = "") -> str:
@@ -63,27 +81,39 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(importlib.import_module(VERBS[verb][0]).main(rest))
     except UserError as error:
-        print(f"mvp-fast {verb}: {error.kind}: {error.paragraph()}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _tell(verb, error)
     except KeyboardInterrupt:
         print(f"mvp-fast {verb}: stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe (head, less) went away: no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in MACHINE_TROUBLE:
+            raise
+        where = " and ".join(str(name) for name in (error.filename, error.filename2) if name)
+        problem = f"The machine refused to go on: {os.strerror(error.errno)}"
+        return _tell(verb, EnvironmentProblem(problem, where=where, fix=MACHINE_TROUBLE[error.errno]))
+
+
+def _tell(verb: str, error: UserError) -> int:
+    print(f"mvp-fast {verb}: {error.kind}: {error.paragraph()}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 def _no_such_verb(argv: list[str]) -> int:
     """Help for a group such as `data`, or the nearest verb's name, on stderr."""
-    if any(verb.startswith(argv[0] + " ") for verb in VERBS):
-        asked = len(argv) > 1 and argv[1] in ("-h", "--help")
+    group = any(verb.startswith(argv[0] + " ") for verb in VERBS)
+    if group and (len(argv) == 1 or argv[1].startswith("-")):
+        asked = argv[1:2] in (["-h"], ["--help"])
         print(usage(argv[0]), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     import difflib
 
-    near = difflib.get_close_matches(" ".join(argv[:2]), VERBS, n=1) or difflib.get_close_matches(argv[0], VERBS, n=1)
+    tried = " ".join(argv[:2]) if group else argv[0]
+    near = difflib.get_close_matches(tried, VERBS, n=1) or difflib.get_close_matches(" ".join(argv[:2]), VERBS, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     print(
-        f"mvp-fast: usage error: there is no verb `{argv[0]}`.{hint} `mvp-fast --help` lists them all.", file=sys.stderr
+        f"mvp-fast: usage error: there is no verb `{tried}`.{hint} `mvp-fast --help` lists them all.", file=sys.stderr
     )
     return 2

@@ -36,7 +36,7 @@ def _train(config: Config) -> int:
         outcome = train(config, ranks)
         if not ranks.is_main:
             return 0
-    if not outcome.images_per_second:
+    if not outcome.images_per_second:  # no step was taken
         print(f"The run is complete: {outcome.steps} steps. A greater --train.steps goes on from here.")
     else:
         memory = f", peak GPU memory {outcome.peak_memory_bytes / 2**30:.1f} GiB" if outcome.peak_memory_bytes else ""

@@ -58,11 +58,11 @@ class Run:
         return {parameter: name for name, parameter in self.student.named_parameters()}
 
     def checkpoint_parts(self) -> Parts:
-        """The tensors that a checkpoint holds, in named parts."""
+        """The tensors that a checkpoint holds, in named parts. Every rank must call this: it takes a mean over them."""
         parts = {
             "student": self.student.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameter_names()),
-            "progress": self.interval.state(),
+            "progress": self.interval.state(self.ranks),
         }
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()

@@ -20,6 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name = ""
         self._before: dict[int, signal._HANDLER] = {}
+        self._ignoring = False
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -33,8 +34,15 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if not self._ignoring:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def ignore_signals(self) -> None:
+        """Let no further signal change how this process ends, also after the block; for a process about to exit."""
+        self._ignoring = True
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     @property
     def requested(self) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mvp_fast.config.schema import Config
-from mvp_fast.errors import DataError, Preempted
+from mvp_fast.errors import DataError, EnvironmentProblem, Preempted
 from mvp_fast.loaders.base import Batch
 from mvp_fast.loaders.prefetch import Prefetcher
 from mvp_fast.samples.plan import SamplePlan
@@ -22,7 +22,7 @@ from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.guards import NonFiniteGuard, StopRequest
 from mvp_fast.train.optim import learning_rate, set_learning_rate
 from mvp_fast.train.run_folder import describe_environment, prepare_folder, resume_point
-from mvp_fast.train.sinks import open_sinks
+from mvp_fast.train.sinks import check_sinks, open_sinks
 from mvp_fast.train.telemetry import Display
 from mvp_kernels import dispatch
 
@@ -62,8 +62,16 @@ def train(config: Config, ranks: Ranks) -> Outcome:
         TrainingDiverged: too many updates had to be skipped.
         UserError: anything else a user can mend; see `build_run` and `Checkpointer`.
     """
+    check_sinks(config)
+    # From here on, so that a run that is stopped while it starts says so by its exit code, too.
+    with StopRequest() as stop:
+        return _train(config, ranks, stop)
+
+
+def _train(config: Config, ranks: Ranks, stop: StopRequest) -> Outcome:
     checkpoint = resume_point(config)
     run = build_run(config, ranks, checkpoint)
+    _check_ranks_agree(run)
     environment = describe_environment(ranks)
     environment["teacher"] = run.teacher.fingerprint
     environment["kernels"] = dispatch.resolve(config.kernels.impl, ranks.device.type)
@@ -76,8 +84,19 @@ def train(config: Config, ranks: Ranks) -> Outcome:
     if run.steps_done >= run.total_steps:
         display.close()
         return Outcome(folder, run.steps_done, 0.0, 0.0, None, 0)
-    with StopRequest() as stop:
-        return _Loop(run, folder, display, stop).run()
+    return _Loop(run, folder, display, stop).run()
+
+
+def _check_ranks_agree(run: Run) -> None:
+    """Ranks on machines with a disk each could find different checkpoints, and would train apart unnoticed."""
+    furthest = run.ranks.agree(run.steps_done)
+    if run.ranks.agree(int(run.steps_done != furthest)):
+        raise EnvironmentProblem(
+            f"The ranks don't see the same checkpoints: rank {run.ranks.rank} would go on from step {run.steps_done},"
+            f" another from step {furthest}",
+            where=f"run.dir {run.config.run.dir}",
+            fix="Choose a --run.dir that all machines share",
+        )
 
 
 class _Loop:
@@ -117,7 +136,7 @@ class _Loop:
         try:
             batches = iter(self.prefetcher)
             run.interval.restart_clock(self.prefetcher.wait_seconds)
-            first_step, clock, waited = run.steps_done, time.perf_counter(), self.prefetcher.wait_seconds
+            begun, since = run.steps_done, self._clock()
             while run.steps_done < run.total_steps:
                 batch = self._next_batch(batches)
                 self._step(batch)
@@ -127,16 +146,13 @@ class _Loop:
                     self._log()
                 if (train.checkpoint_every and done % train.checkpoint_every == 0) or done == run.total_steps:
                     self._save()
-                if done == first_step + 1 and done < run.total_steps:
-                    self._wait_for_device()
-                    first_step, clock, waited = done, time.perf_counter(), self.prefetcher.wait_seconds
-            self._wait_for_device()
-            seconds = max(time.perf_counter() - clock, 1e-9)
-            images = (run.steps_done - first_step) * train.batch_size
-            data_wait = (self.prefetcher.wait_seconds - waited) / seconds
+                if done == begun + 1 < run.total_steps:
+                    since = self._clock()
+            steps, seconds, waited = (now - then for now, then in zip(self._clock(), since, strict=True))
             self.checkpointer.wait()
             memory = torch.cuda.max_memory_allocated() if run.ranks.device.type == "cuda" else 0
-            return Outcome(self.folder, run.steps_done, images / seconds, data_wait, self.last_loss, memory)
+            rate = steps * train.batch_size / seconds
+            return Outcome(self.folder, run.steps_done, rate, waited / seconds, self.last_loss, memory)
         finally:
             self.open.close()
 
@@ -155,6 +171,9 @@ class _Loop:
         self._save()
         self.checkpointer.wait()
         self.parts.ranks.barrier()
+        if self.parts.ranks.world > 1:
+            # torchrun sends SIGTERM to all ranks as soon as one has ended: their exit codes shall tell why they ended.
+            self.stop.ignore_signals()
         if agreed is Event.DATA_FAILED:
             raise failure or DataError("Another rank's data failed", fix="Its message says how")
         raise Preempted(
@@ -196,14 +215,20 @@ class _Loop:
         run.skipped = self.guard.skipped
 
     def _save(self) -> None:
+        """Called by all ranks at the same step: what they measured differs, and the checkpoint holds the mean."""
         run = self.parts
+        parts = run.checkpoint_parts()
         if run.ranks.is_main:
-            self.checkpointer.save(run.steps_done, run.checkpoint_parts(), run.checkpoint_state())
+            self.checkpointer.save(run.steps_done, parts, run.checkpoint_state())
 
-    def _wait_for_device(self) -> None:
-        """Once after the first step and once at the end, so that the run's overall rate is of finished work."""
+    def _clock(self) -> tuple[int, float, float]:
+        """Steps done, the time, and the time waited for data so far; once the device has done all its work.
+
+        Called at the ends and after the first step only: the run's overall rate is of finished work, without start-up.
+        """
         if self.parts.ranks.device.type == "cuda":
             torch.cuda.synchronize()
+        return self.parts.steps_done, time.perf_counter(), self.prefetcher.wait_seconds
 
 
 def _whole_plan(run: Run) -> SamplePlan:

@@ -46,24 +46,34 @@ def resume_point(config: Config) -> Path | None:
     """The checkpoint that `config.resume` asks for; None for a new run.
 
     Raises:
-        ConfigError: a new run was asked for in a folder that holds one.
+        ConfigError: the folder holds a run, and a new one, or going on from another run's checkpoint, was asked for.
         DataError: the checkpoint named is not there.
     """
     folder = Path(config.run.dir)
     if config.resume == "none":
-        if (folder / "metrics.jsonl").exists() or list_checkpoints(folder / "checkpoints"):
-            raise ConfigError(
-                "The folder already holds a run",
-                where=f"run.dir {folder}",
-                fix="Go on with it by --resume auto, or choose another --run.dir",
-            )
+        _refuse_other_run(folder)
         return None
     if config.resume == "auto":
         found = list_checkpoints(folder / "checkpoints")
         return found[-1] if found else None
     if (Path(config.resume) / "checkpoints").is_dir():
-        return find_checkpoint(Path(config.resume))
-    return find_checkpoint(folder, config.resume)
+        found_at = find_checkpoint(Path(config.resume))
+    else:
+        found_at = find_checkpoint(folder, config.resume)
+    if found_at.resolve().parent != (folder / "checkpoints").resolve():
+        _refuse_other_run(folder)
+    return found_at
+
+
+def _refuse_other_run(folder: Path) -> None:
+    """ConfigError where the folder holds anything that a run would lose: metric lines or checkpoints."""
+    metrics = folder / "metrics.jsonl"
+    if list_checkpoints(folder / "checkpoints") or (metrics.exists() and metrics.stat().st_size):
+        raise ConfigError(
+            "The folder already holds a run",
+            where=f"run.dir {folder}",
+            fix="Go on with it by --resume auto, or choose another --run.dir",
+        )
 
 
 def prepare_folder(config: Config, environment: dict[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -71,14 +72,8 @@ class WeightsAndBiases:
     """A Weights & Biases run named after the run's folder; a resumed run goes on in the same one."""
 
     def __init__(self, project: str, folder: Path, config: Config) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise EnvironmentProblem(
-                "run.wandb-project is set, but wandb is not installed",
-                where="run.wandb-project",
-                fix="Install it with `pip install 'mvp-fast[wandb]'`, or leave the field empty",
-            ) from error
+        import wandb
+
         name = folder.resolve().name
         settings = config_to_dict(config)
         self._run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=settings, resume="allow")
@@ -91,6 +86,20 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+def check_sinks(config: Config) -> None:
+    """Look for what the sinks need, before anything is built or written.
+
+    Raises:
+        EnvironmentProblem: wandb is not installed.
+    """
+    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise EnvironmentProblem(
+            "A Weights & Biases project is set, but wandb is not installed",
+            where=f"run.wandb-project {config.run.wandb_project}",
+            fix="Install it with `pip install 'mvp-fast[wandb]'`, or leave the field empty",
+        )
 
 
 def open_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:

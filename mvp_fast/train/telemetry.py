@@ -37,8 +37,11 @@ class Interval:
         self._results.append(result)
         self._timed_steps += 1
 
-    def state(self) -> dict[str, Tensor]:
-        """The results so far as tensors, for a checkpoint, so that a resumed run writes the same metric lines."""
+    def state(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The results so far as tensors (K,), K steps; losses are means over the ranks, so every rank must call this.
+
+        For the metric line, and for a checkpoint, so that a resumed run writes the same lines with any number of ranks.
+        """
         if not self._results:
             return {
                 "losses": torch.zeros(0),
@@ -46,7 +49,7 @@ class Interval:
                 "finite": torch.zeros(0, dtype=torch.bool),
             }
         return {
-            "losses": torch.stack([result.loss for result in self._results]),
+            "losses": ranks.mean(torch.stack([result.loss for result in self._results])),
             "grad_norms": torch.stack([result.grad_norm for result in self._results]),
             "finite": torch.stack([result.finite for result in self._results]),
         }
@@ -66,9 +69,8 @@ class Interval:
         Returns:
             The metrics, and which steps of the interval (0-based) had their update skipped.
         """
-        state = self.state()
-        losses = ranks.mean(state["losses"]).tolist()
-        finite, grad_norms = state["finite"].tolist(), state["grad_norms"].tolist()
+        state = self.state(ranks)
+        losses, finite, grad_norms = (state[name].tolist() for name in ("losses", "finite", "grad_norms"))
         now = time.perf_counter()  # after the reads above, so that the device has done the work that is timed
         seconds = max(now - self._start, 1e-9)
         kept = [loss for loss, good in zip(losses, finite, strict=True) if good and math.isfinite(loss)]
