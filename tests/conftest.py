@@ -133,7 +133,7 @@ class Process:
         give_up = time.monotonic() + 200
         while not happened():
             assert time.monotonic() < give_up, f"it hangs\n{self.out}\n{self.err}"
-            assert self.code is not None or self.poll() is None or happened(), f"{self.code}\n{self.out}\n{self.err}"
+            assert self.poll() is None or happened(), f"it ended early: {self.code}\n{self.out}\n{self.err}"
             time.sleep(0.002)
 
     def send(self, number: int) -> None:

@@ -11,22 +11,25 @@ At the end of its input the server kills what still runs and ends. It stays sing
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import sys
 from typing import Any
 
-import nvidia.dali.fn
-import open_clip
-import torch.distributed.checkpoint.hf_storage  # noqa: F401
-import tyro  # noqa: F401
-
-import mvp_fast.cli.train
-import mvp_fast.loaders.dali
-import mvp_fast.loaders.torchvision
-import mvp_fast.train.loop  # noqa: F401
 from mvp_fast.cli.main import main
+
+AHEAD = (
+    "mvp_fast.cli.train",
+    "mvp_fast.loaders.dali",
+    "mvp_fast.loaders.torchvision",
+    "mvp_fast.train.loop",
+    "nvidia.dali.fn",
+    "open_clip",
+    "torch.distributed.checkpoint.hf_storage",
+    "tyro",
+)
 
 
 def fork(request: dict[str, Any]) -> int:
@@ -66,4 +69,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    for module in AHEAD:
+        importlib.import_module(module)
     serve()

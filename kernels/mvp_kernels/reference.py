@@ -66,7 +66,7 @@ def cosine_loss(
     if reduction == "none":
         return weighted_M
     total = weight_M.sum()
-    return weighted_M.sum() / torch.where(total == 0, 1, total)
+    return weighted_M.sum() / total.masked_fill(total == 0, 1)
 
 
 def guided_loss(

@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         return _no_such_verb(argv)
     verb, rest = found
     try:
-        return int(importlib.import_module(VERBS[verb][0]).main(rest))
+        code = int(importlib.import_module(VERBS[verb][0]).main(rest))
+        sys.stdout.flush()  # here, where a reader that is gone can be told from an error
+        return code
     except UserError as error:
         return _tell(verb, error)
     except KeyboardInterrupt:

@@ -39,8 +39,9 @@ def _train(config: Config) -> int:
     if not outcome.images_per_second:  # no step was taken
         print(f"The run is complete: {outcome.steps} steps. A greater --train.steps goes on from here.")
     else:
+        name = "1 - cos" if config.objective.loss == "cosine" else config.objective.loss
         memory = f", peak GPU memory {outcome.peak_memory_bytes / 2**30:.1f} GiB" if outcome.peak_memory_bytes else ""
-        loss = "every update of the last steps skipped" if outcome.loss is None else f"1 - cos {outcome.loss:.4f}"
+        loss = "every update of the last steps skipped" if outcome.loss is None else f"{name} {outcome.loss:.4f}"
         print(f"\n{outcome.steps} steps, {loss}{memory}")
         print(f"{outcome.images_per_second:.1f} images/s, {100 * outcome.data_wait:.1f} % of the time waiting for data")
     print(f"run      {outcome.folder}")

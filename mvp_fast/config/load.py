@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import tempfile
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,9 +73,8 @@ def config_to_yaml(config: Config) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the configuration as YAML: beside, then renamed, so that no reader sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(config_to_yaml(config))
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(config_to_yaml(config), encoding="utf-8")
     os.replace(temporary, path)
 
 

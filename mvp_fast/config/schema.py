@@ -111,7 +111,8 @@ class OptimConfig:
     """Optimizer and learning rate schedule: linear warm-up, then half a cosine."""
 
     name: str = "adamw"
-    """An optimizer of timm's factory (timm.optim.list_optimizers())."""
+    """An optimizer of timm's factory (timm.optim.list_optimizers()). adamw and adam skip a non-finite update on the
+    device; with the others the host waits for each step."""
     lr: float = 1.5e-3
     """Peak learning rate at `reference_batch_size`; scaled linearly with train.batch_size."""
     reference_batch_size: int = 2048
@@ -149,7 +150,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0 for none."""
     log_every: int = 10
-    """Steps between metric lines; the only times the host waits for the device."""
+    """Steps between metric lines; only then, and for a checkpoint, does the host wait for the device."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always writes one. 0 for that one alone."""
     keep_checkpoints: int = 3

@@ -5,8 +5,6 @@ Shape legend: B images, N patches, M masked patches, K tokens in the loss, D cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,19 +14,6 @@ from mvp_kernels import dispatch
 
 # Where smooth L1 turns from square to straight: 2, as in data2vec (2202.03555) and Feature Distillation (2205.14141).
 SMOOTH_L1_BETA = 2.0
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A batch's loss, on the device.
-
-    Attributes:
-        loss: float32 (), mean over all tokens in the loss; carries the gradient.
-        per_image_B: float32, mean over each image's tokens, without a gradient.
-    """
-
-    loss: Tensor
-    per_image_B: Tensor
 
 
 class Objective:
@@ -60,12 +45,15 @@ class Objective:
         index_BK = masked_BM + 1
         return F.pad(index_BK, (1, 0)) if self.config.cls else index_BK
 
-    def __call__(self, pred_BKD: Tensor, features_BKD: Tensor) -> Loss:
+    def __call__(self, pred_BKD: Tensor, features_BKD: Tensor) -> Tensor:
         """Score predictions against the teacher's features of the same tokens; float32 arithmetic, also under autocast.
 
         Args:
             pred_BKD: the student's predictions.
             features_BKD: the teacher's features, without normalisation.
+
+        Returns:
+            The mean over all tokens in the loss: float32 (float64 for float64 input), ().
         """
         if pred_BKD.shape != features_BKD.shape:
             raise ValueError(f"predictions {tuple(pred_BKD.shape)} and features {tuple(features_BKD.shape)} differ")
@@ -75,7 +63,7 @@ class Objective:
             )
         else:
             loss_BK = self._smooth_l1(pred_BKD, features_BKD)
-        return Loss(loss_BK.mean(), loss_BK.detach().mean(1))
+        return loss_BK.mean()
 
     def _smooth_l1(self, pred_BKD: Tensor, features_BKD: Tensor) -> Tensor:
         # Widened before the normalisation, which returns its input's type.

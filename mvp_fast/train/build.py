@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvp_fast.config.load import config_to_dict
 from mvp_fast.config.schema import Config
-from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.loaders.base import Loader
 from mvp_fast.loaders.registry import make_loader
 from mvp_fast.models.student import Student, patch_size_of
@@ -19,9 +19,11 @@ from mvp_fast.models.teacher import Teacher, build_teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
-from mvp_fast.train.checkpoint import Parts, load_weights, read_part, read_state
+from mvp_fast.train.checkpoint import load_weights, read_state
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from mvp_fast.train.parts import Parts, read_part
+from mvp_fast.train.resume import check_plan, check_settings, check_teacher
 from mvp_fast.train.step import TrainStep
 from mvp_fast.train.telemetry import Interval
 from mvp_kernels import dispatch, registry
@@ -35,8 +37,10 @@ class Run:
         plan: this rank's part of the plan.
         ema: timm's ModelEmaV3 around the student, or None.
         total_steps: optimizer steps in the whole run.
+        changed: settings that are no longer those of the checkpoint the run goes on from, in words.
         steps_done: optimizer steps taken so far.
         skipped: updates skipped so far.
+        replaced: images trained on so far that stood in for a bad sample; on rank 0 with what came before a resume.
         interval: results since the last metric line.
     """
 
@@ -49,9 +53,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: TrainStep
     total_steps: int
-    steps_done: int
-    skipped: int
-    interval: Interval
+    changed: list[str]
+    steps_done: int = 0
+    skipped: int = 0
+    replaced: int = 0
+    interval: Interval = field(default_factory=Interval)
 
     def parameter_names(self) -> dict[Tensor, str]:
         """The name of each of the student's parameters."""
@@ -62,11 +68,15 @@ class Run:
         parts = {
             "student": self.student.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameter_names()),
-            "progress": self.interval.state(self.ranks),
+            "progress": {**self.interval.state(self.ranks), "replaced": self.all_replaced().reshape(1)},
         }
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()
         return parts
+
+    def all_replaced(self) -> Tensor:
+        """`replaced` over all ranks, int64 (), on the host. Every rank must call this."""
+        return self.ranks.sum(torch.tensor(self.replaced))
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What must fit when a run goes on from a checkpoint, and what it needs besides tensors."""
@@ -106,8 +116,10 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
             f"A rank's {plan.local_batch_size} images can't be split into {config.train.accumulate} micro-batches",
             where="train.accumulate",
         )
-    if state is not None:
-        _check_plan(state, plan, checkpoint)
+    changed: list[str] = []
+    if state is not None and checkpoint is not None:
+        check_plan(state, plan, checkpoint)
+        changed = check_settings(state, config, checkpoint)
     teacher = build_teacher(config.teacher, grid=plan.grid, image_size=config.data.image_size, impl=config.kernels.impl)
     student = Student(
         config.student,
@@ -117,20 +129,14 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         impl=config.kernels.impl,
     ).to(ranks.device)
     teacher.to(ranks.device)
-    if state is not None and state["teacher"] != teacher.fingerprint:
-        raise DataError(
-            f"The checkpoint was trained against another teacher than {config.teacher.name}"
-            f" ({config.teacher.pretrained}): its fingerprint is {state['teacher'][:12]}, this one's"
-            f" {teacher.fingerprint[:12]}",
-            where=str(checkpoint),
-            fix="Give the teacher.* settings in the config.yaml of that run, or start anew in another --run.dir",
-        )
+    if state is not None and checkpoint is not None:
+        check_teacher(state, config, teacher.fingerprint, checkpoint)
     ema = _build_ema(student, config)
     optimizer = build_optimizer(student, config.optim)
     objective = Objective(config.objective, impl=config.kernels.impl)
     step = TrainStep(student, ranks.wrap(student), teacher, objective, optimizer, config, ranks.device)
     total = config.train.steps or max(1, round(config.train.epochs * len(index) / config.train.batch_size))
-    run = Run(config, ranks, plan, student, ema, teacher, optimizer, step, total, 0, 0, Interval())
+    run = Run(config, ranks, plan, student, ema, teacher, optimizer, step, total, changed)
     if checkpoint is not None and state is not None:
         _load(run, checkpoint, state)
     return run
@@ -177,26 +183,6 @@ def _check_kernels(config: Config, device: torch.device) -> None:
         ) from error
 
 
-def _check_plan(state: dict[str, Any], plan: SamplePlan, checkpoint: Path | None) -> None:
-    """A run goes on only with the same samples, boxes and masks."""
-    before, now = state["plan"], plan.state()
-    if before == now:
-        return
-    differs = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if differs == ["index"]:
-        raise DataError(
-            "The checkpoint was trained on another data set: the index's fingerprint differs",
-            where=f"{plan.index.path} and {checkpoint}",
-            fix="Give the index that the run began with, or start anew in another --run.dir",
-        )
-    told = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differs)
-    raise ConfigError(
-        f"The run can't go on with other samples, boxes or masks than it began with: {told}",
-        where=str(checkpoint),
-        fix="Give the settings in the run's config.yaml, or start anew in another --run.dir",
-    )
-
-
 def _build_ema(student: Student, config: Config) -> Any:
     if config.train.ema_decay == 0:
         return None
@@ -211,5 +197,7 @@ def _load(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     if run.ema is not None:
         # A run that begins to average now averages from the weights it has.
         load_weights(run.ema.module, checkpoint, "ema" if (checkpoint / "ema").is_dir() else "student")
-    run.interval.load_state(read_part(checkpoint, "progress"), run.ranks.device)
+    progress = read_part(checkpoint, "progress")
+    run.interval.load_state(progress, run.ranks.device)
+    run.replaced = int(progress["replaced"]) if run.ranks.is_main else 0
     run.steps_done, run.skipped = int(state["step"]), int(state["skipped"])

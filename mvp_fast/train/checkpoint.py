@@ -16,11 +16,10 @@ values, so rank 0 alone writes.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,11 @@ from mvp_fast.config.load import config_from_dict
 from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.models.student import Student
+from mvp_fast.train.parts import Parts, read_part, sync, write_part
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"step", "config", "plan", "teacher", "target_width", "total_steps", "skipped"})
-PART_INDEX = "model.safetensors.index.json"  # tensor -> file; the storage writer's name for it
-# One process writes on purpose, see above.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-Parts = dict[str, dict[str, Tensor]]
+_NAME = re.compile(r"step-\d{8,}")
 
 
 class Checkpointer:
@@ -113,13 +110,13 @@ class Checkpointer:
         partial = self.folder / f".{final.name}.partial"
         try:
             for part, tensors in parts.items():
-                _write_part(partial / part, tensors)
+                write_part(partial / part, tensors)
             with (partial / "state.json").open("w", encoding="utf-8") as file:
                 json.dump(state, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, final)
-            _sync(self.folder)
+            sync(self.folder)
             self._drop_old()
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -141,7 +138,18 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in RUN/checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    return [path for path in _step_folders(folder) if (path / "state.json").is_file()]
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """The folders named as checkpoints are, whole or not, oldest first; `step-00000002-mine` is not one of them."""
+    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
 
 
 def find_checkpoint(run: Path, which: str = "latest") -> Path:
@@ -161,7 +169,7 @@ def find_checkpoint(run: Path, which: str = "latest") -> Path:
         )
     path = run / "checkpoints" / checkpoint_name(int(which)) if which.isdigit() else Path(which)
     if not (path / "state.json").is_file():
-        have = ", ".join(str(int(p.name.removeprefix("step-"))) for p in found) or "none"
+        have = ", ".join(str(step_of(p)) for p in found) or "none"
         raise DataError(f"There is no checkpoint {which}", where=str(path), fix=f"Steps with one in {run}: {have}")
     return path
 
@@ -190,35 +198,6 @@ def read_state(path: Path) -> dict[str, Any]:
             fix="Use the version of mvp_fast that wrote it",
         )
     return dict(state)
-
-
-def read_part(path: Path, part: str) -> dict[str, Tensor]:
-    """One named part of a checkpoint as host tensors.
-
-    Raises:
-        DataError: the part is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not (path / part).is_dir():
-        raise DataError(f"The checkpoint has no part `{part}`", where=str(path), fix=_OLDER)
-    tensors: dict[str, Tensor] = {}
-    file = path / part / PART_INDEX
-    try:
-        # A part may be empty: an optimizer before its first update has no state.
-        files = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        for file in sorted({path / part / name for name in files.values()}):
-            tensors.update(load_file(file))
-        if lost := sorted(files.keys() - tensors.keys()):
-            raise KeyError(f"{', '.join(lost[:3])} not found")
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else "") or error
-        raise DataError(f"The checkpoint is damaged: {reason}", where=str(file), fix=_OLDER) from error
-    return tensors
-
-
-_OLDER = "Go on from an older one with --resume PATH"
 
 
 def load_weights(model: torch.nn.Module, path: Path, part: str) -> None:
@@ -275,39 +254,15 @@ def _host_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _write_part(folder: Path, tensors: dict[str, Tensor]) -> None:
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise (cause if isinstance(cause, OSError) else OSError(errno.EIO, str(cause))) from error
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
-
-
 def _set_aside(folder: Path, start_step: int) -> list[Path]:
     """Rename what is later than `start_step`, whole or not; an earlier one set aside under that name makes room."""
     aside = []
-    for path in sorted(folder.glob("step-*")):
-        if path.is_dir() and path.name > checkpoint_name(start_step):
+    for path in _step_folders(folder):
+        if step_of(path) > start_step:
             aside.append(path.with_name(f"superseded-{path.name}"))
             shutil.rmtree(aside[-1], ignore_errors=True)
             os.replace(path, aside[-1])
     return aside
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or renames and new files in a folder, survive a crash of the machine."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _cannot_write(path: Path, error: OSError) -> EnvironmentProblem:

@@ -6,6 +6,8 @@ Hosts agree over gloo on the CPU, so that an agreement never waits for a GPU.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,20 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import TrainConfig
 from mvp_fast.errors import EnvironmentProblem
+
+
+def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+    """Reduce `tensor` in place over all ranks; on the CPU, return only when nobody else holds it any more.
+
+    Gloo's thread lets go of a tensor a moment after the reduction, and needs the interpreter's lock for that. The main
+    thread has that lock when it frees the process group, and there it waits for gloo's thread: a process whose last act
+    is a reduction would hang at its end now and then.
+    """
+    holders = sys.getrefcount(tensor)
+    dist.all_reduce(tensor, op=operation)
+    give_up = time.monotonic() + 1
+    while tensor.device.type == "cpu" and sys.getrefcount(tensor) > holders and time.monotonic() < give_up:
+        time.sleep(0)  # gives the lock away
 
 
 @dataclass(frozen=True)
@@ -37,20 +53,19 @@ class Ranks:
         if self.world == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of `tensor` over all ranks."""
-        if self.world == 1:
-            return tensor
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total / self.world
+        return tensor if self.world == 1 else self.sum(tensor) / self.world
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over all ranks."""
-        return self.mean(tensor) * self.world
+        total = tensor.clone()
+        if self.world > 1:
+            all_reduce(total, dist.ReduceOp.SUM)
+        return total
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -61,7 +76,9 @@ class Ranks:
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
 
 def choose_device(train: TrainConfig, local_rank: int = 0) -> torch.device:

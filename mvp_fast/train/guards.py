@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 
 from mvp_fast.errors import TrainingDiverged
 from mvp_fast.samples.plan import SamplePlan
+from mvp_fast.train.sinks import drop_later_lines
 
 
 class StopRequest:
@@ -54,14 +55,17 @@ class NonFiniteGuard:
     """Counts skipped updates, writes down their samples, and ends the run over the budget.
 
     Args:
-        plan: the plan of the whole batch (one rank of one), to name the samples.
+        plan: the plan of the whole batch (one rank of one), to name the samples (as planned, before stand-ins).
         budget: skipped updates that are tolerated.
         ledger: nonfinite.jsonl, one line a skipped update; None on ranks that write nothing.
         skipped: updates skipped before a resume.
+        start_step: steps done before a resume; lines of later steps, which the run takes again, are dropped.
     """
 
-    def __init__(self, plan: SamplePlan, budget: int, ledger: Path | None, skipped: int = 0) -> None:
+    def __init__(self, plan: SamplePlan, budget: int, ledger: Path | None, skipped: int, start_step: int) -> None:
         self.plan, self.budget, self.ledger, self.skipped = plan, budget, ledger, skipped
+        if ledger is not None and ledger.exists():
+            drop_later_lines(ledger, start_step)
 
     def note(self, steps: list[int]) -> None:
         """Take in the 0-based steps whose updates were skipped since the last call.

@@ -123,7 +123,8 @@ class _Loop:
         for sink in self.sinks:
             opened.callback(sink.close)
         ledger = folder / "nonfinite.jsonl" if ranks.is_main else None
-        self.guard = NonFiniteGuard(_whole_plan(run), config.train.nonfinite_budget, ledger, run.skipped)
+        budget = config.train.nonfinite_budget
+        self.guard = NonFiniteGuard(_whole_plan(run), budget, ledger, run.skipped, run.steps_done)
         # Each rank decodes other samples, so each keeps its own ledger; one rank's is the usual name.
         name = "bad_samples.jsonl" if ranks.world == 1 else f"bad_samples.rank{ranks.rank}.jsonl"
         self.loader = build_loader(run, folder / name)
@@ -161,7 +162,7 @@ class _Loop:
         event, failure, batch = Event.GO_ON, None, None
         try:
             batch = next(batches)
-        except DataError as error:
+        except (DataError, OSError) as error:  # also what the machine refuses, such as another open file
             event, failure = Event.DATA_FAILED, error
         if self.stop.requested:
             event = max(event, Event.STOP)
@@ -190,6 +191,7 @@ class _Loop:
         self.rate = rate
         run.interval.add(run.step(batch))
         run.steps_done += 1
+        run.replaced += int((batch.rows.attempt_B > 0).sum())
         if run.ema is not None:
             run.ema.update(run.student, step=run.steps_done)
 
@@ -203,7 +205,7 @@ class _Loop:
             "lr": self.rate,
             "epoch": run.steps_done * run.config.train.batch_size / len(run.plan.index),
             "skipped_updates": len(skipped),
-            "bad_samples": self.loader.bad_samples,
+            "bad_samples": int(run.all_replaced()),
         }
         if run.ranks.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -258,4 +260,5 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     ]
     if checkpoint is not None:
         lines.append(f"resumed   at step {run.steps_done:,} from {checkpoint}")
+    lines += [f"changed   {setting}" for setting in run.changed]
     return "\n".join(lines)

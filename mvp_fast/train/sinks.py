@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,10 +34,7 @@ class MetricsFile:
     was killed) are dropped at the start, so that each step is there once."""
 
     def __init__(self, path: Path, start_step: int) -> None:
-        kept = [line for line in _lines(path) if _step_of(line) <= start_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        drop_later_lines(path, start_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Metrics) -> None:
@@ -74,9 +72,17 @@ class WeightsAndBiases:
     def __init__(self, project: str, folder: Path, config: Config) -> None:
         import wandb
 
-        name = folder.resolve().name
-        settings = config_to_dict(config)
-        self._run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=settings, resume="allow")
+        remembered = folder / "wandb_id.txt"  # two folders of one name, or a run begun anew, are two runs
+        if not remembered.exists():
+            remembered.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+        self._run = wandb.init(
+            project=project,
+            name=folder.resolve().name,
+            id=remembered.read_text(encoding="utf-8").strip(),
+            dir=str(folder),
+            config=config_to_dict(config),
+            resume="allow",
+        )
 
     def write(self, metrics: Metrics) -> None:
         """Log every number of the line."""
@@ -110,6 +116,14 @@ def open_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
     if config.run.wandb_project:
         sinks.append(WeightsAndBiases(config.run.wandb_project, folder, config))
     return sinks
+
+
+def drop_later_lines(path: Path, start_step: int) -> None:
+    """Leave out the JSON lines with a `step` after `start_step`: beside, then renamed. Makes the file where missing."""
+    kept = [line for line in _lines(path) if _step_of(line) <= start_step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _lines(path: Path) -> list[str]:

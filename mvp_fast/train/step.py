@@ -21,7 +21,6 @@ from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
 from mvp_fast.train.optim import apply_update
-from mvp_kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,10 @@ class TrainStep:
                 )
                 # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
                 # gradient tells every rank after its all-reduce, and all of them skip the same update.
-                poison = torch.where(torch.isfinite(part_loss.detach()), 1.0 / parts, torch.nan)
-                (part_loss * poison).backward()
+                # (Not torch.where with numbers: it would copy them to the device and wait.)
+                finite = torch.isfinite(part_loss.detach())
+                factor = part_loss.new_full((), torch.nan).masked_fill_(finite, 1.0 / parts)
+                (part_loss * factor).backward()
             loss += part_loss.detach() / parts
         grad_norm = self._clip()
         finite = torch.isfinite(grad_norm)
@@ -93,9 +94,7 @@ class TrainStep:
 
     def _loss(self, images_BHWC: Tensor, masked_BM: Tensor, drop_scale_LSB: Tensor | None) -> Tensor:
         student = self.student
-        patches_BNP = dispatch.patchify(
-            images_BHWC, student.patch_size, student.mean, student.std, impl=self.config.kernels.impl
-        )
+        patches_BNP = student.patches(images_BHWC)
         images, patches = patches_BNP.shape[:2]
         mask_BN = torch.zeros(images, patches, dtype=torch.bool, device=self.device)
         mask_BN.scatter_(1, masked_BM, True)
@@ -103,7 +102,7 @@ class TrainStep:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             target_BMD = self.teacher(images_BHWC, index_BM)
             predicted_BMD = self.forward(patches_BNP, mask_BN, index_BM, drop_scale_LSB)
-        return self.objective(predicted_BMD, target_BMD).loss
+        return self.objective(predicted_BMD, target_BMD)
 
     def _clip(self) -> Tensor:
         limit = self.config.optim.clip_grad

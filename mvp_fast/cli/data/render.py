@@ -62,7 +62,7 @@ def render(options: RenderOptions) -> tuple[Path, Path]:
     Raises:
         ConfigError, DataError, EnvironmentProblem: as the index, the plan and the loader do.
     """
-    from mvp_fast.errors import ConfigError
+    from mvp_fast.errors import ConfigError, EnvironmentProblem
 
     if options.step < 0:
         raise ConfigError("Steps count from 0", where=f"--step {options.step}")
@@ -75,7 +75,7 @@ def render(options: RenderOptions) -> tuple[Path, Path]:
         contact_sheet(plan, batch).save(sheet)
         _save_arrays(arrays, plan, batch)
     except OSError as error:
-        raise ConfigError(
+        raise EnvironmentProblem(
             f"The batch cannot be written: {error.strerror}", where=str(out), fix="Choose another --out"
         ) from error
     print(f"step {options.step}, {len(batch.rows)} images by {options.loader}: {sheet} and {arrays}")

@@ -1,0 +1,145 @@
+"""The same tiny run on each device: what holds on the CPU must hold on the GPU, and there the host must not wait.
+
+Each test's body takes the device, so that it also runs where there is no GPU; only the watch for synchronisation, which
+torch keeps for CUDA alone, is then idle (test_train_step.py has it on fake tensors).
+
+Shape legend: B images, H and W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from mvp_fast.config.schema import (
+    Config,
+    DataConfig,
+    MaskConfig,
+    ObjectiveConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from mvp_fast.loaders.prefetch import Prefetcher
+from mvp_fast.loaders.registry import make_loader
+from mvp_fast.models.student import Student
+from mvp_fast.models.teacher import build_teacher
+from mvp_fast.objective.guided import Objective
+from mvp_fast.samples.index import Index
+from mvp_fast.samples.plan import SamplePlan
+from mvp_fast.train.optim import build_optimizer
+from mvp_fast.train.step import TrainStep
+from tests.conftest import losses, read_metrics
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@contextmanager
+def waiting_is_an_error(device: str) -> Iterator[None]:
+    """Inside, an operation for which the host would wait for the GPU raises RuntimeError."""
+    if device != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@DEVICES
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_learns_and_resumes(train: Callable[..., Any], tmp_path: Path, device: str, precision: str) -> None:
+    """Whole, and stopped half-way: on the CPU bit for bit the same, on the GPU within its sums' changing order."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    same = {
+        "train__device": device,
+        "train__precision": precision,
+        "train__steps": 16,
+        "train__checkpoint_every": 8,
+        "train__keep_checkpoints": 0,
+        "optim__lr": 2e-3,
+    }
+    train(run=whole, **same)
+    lines = read_metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    assert 0.9 < lines[0]["loss"] < 1.1
+    assert sum(line["loss"] for line in lines[-4:]) / 4 < lines[0]["loss"] - 0.1
+    assert {line["skipped_updates"] for line in lines} == {0}
+    for line in lines:
+        assert ("peak_memory_bytes" in line) == (device == "cuda")
+        assert device == "cpu" or 0 < line["peak_memory_bytes"] < 8e9
+
+    train(run=halves, resume=whole / "checkpoints" / "step-00000008", **same)
+    resumed = losses(halves)
+    assert set(resumed) == set(range(9, 17))
+    expected = {step: loss for step, loss in losses(whole).items() if step > 8}
+    assert resumed == (expected if device == "cpu" else pytest.approx(expected, rel=0.02))
+
+
+@DEVICES
+@pytest.mark.parametrize("loss", ["cosine", "smooth_l1"])
+def test_the_host_does_not_wait_in_a_steady_step(device: str, loss: Literal["cosine", "smooth_l1"]) -> None:
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    config = Config(
+        data=DataConfig(image_size=64, loader="synthetic"),
+        mask=MaskConfig(patches=6, min_block=2),
+        student=StudentConfig(width=64, depth=2, heads=2, drop_path=0.3),
+        teacher=TeacherConfig("ViT-S-16", "random"),
+        objective=ObjectiveConfig(loss=loss),
+        train=TrainConfig(batch_size=8, accumulate=2, precision="bf16"),
+    )
+    teacher = build_teacher(config.teacher, grid=(4, 4), image_size=64).to(where)
+    student = Student(config.student, target_width=teacher.width, image_size=64).to(where)
+    optimizer = build_optimizer(student, config.optim)
+    step = TrainStep(student, student, teacher, Objective(config.objective), optimizer, config, where)
+    plan = SamplePlan(Index.synthetic(images=64), seed=0, batch_size=8, data=config.data, mask=config.mask)
+    loader = make_loader("synthetic", config.data, device=where)
+    results = []
+    with Prefetcher(loader, plan, 0, where) as batches:
+        for number, batch in enumerate(islice(batches, 6)):
+            if number < 2:  # libraries are loaded and the optimizer's state is made
+                results.append(step(batch))
+                continue
+            with waiting_is_an_error(device):
+                results.append(step(batch))
+    assert all(bool(result.finite) for result in results)
+    assert all(result.loss.device == where for result in results)
+    assert results[-1].loss < results[0].loss
+
+
+@pytest.mark.gpu
+def test_waiting_is_noticed() -> None:
+    with waiting_is_an_error("cuda"), pytest.raises(RuntimeError, match="synchronizing"):
+        torch.zeros((), device="cuda").item()
+
+
+@DEVICES
+@pytest.mark.parametrize("name", ["torchvision", "dali"])
+def test_prefetched_batches_are_the_loaders(scenes: Path, device: str, name: str) -> None:
+    """The consumer is slow to look: a batch's memory must not be given to a later one before that."""
+    data = DataConfig(image_size=64, threads=2)
+    plan = SamplePlan(Index.open(scenes), seed=2, batch_size=8, data=data, mask=MaskConfig(patches=6, min_block=2))
+    plain, ahead = make_loader(name, data), make_loader(name, data)
+    try:
+        expected = [(b.images_BHWC.clone(), b.masked_BM.clone(), b.rows) for b in islice(plain.batches(plan, 3), 20)]
+        with Prefetcher(ahead, plan, 3, device, depth=3) as batches:
+            for images_BHWC, masked_BM, rows in expected:
+                batch = next(batches)
+                assert batch.images_BHWC.device.type == batch.masked_BM.device.type == device
+                work = batch.images_BHWC.float().square().sum()  # on the consumer's stream, as a step's would be
+                assert torch.equal(batch.images_BHWC.cpu(), images_BHWC)
+                assert torch.equal(batch.masked_BM.cpu(), masked_BM)
+                np.testing.assert_array_equal(batch.rows.sample_B, rows.sample_B)
+                assert work.item() > 0
+    finally:
+        plain.close()
+        ahead.close()
