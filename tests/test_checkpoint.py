@@ -127,7 +127,7 @@ def test_a_reader_never_sees_half_a_checkpoint(folder: Path) -> None:
         written = False
         while not written:
             written = pending.done()  # asked first: what is listed after the end is looked at, too
-            for path in list_checkpoints(folder):
+            for path in folder.glob("step-*"):
                 assert read_state(path)["step"] == int(path.name[5:])
                 assert read_part(path, "student").keys() == big.keys()
                 seen[path.name] = seen.get(path.name, 0) + 1

@@ -6,6 +6,7 @@ import argparse
 
 from mvp_fast.config.load import config_to_yaml, load_config, parse_overrides
 from mvp_fast.config.schema import Config
+from mvp_fast.errors import EnvironmentProblem
 
 DESCRIPTION = """Pre-train a student against a frozen CLIP teacher.
 
@@ -28,12 +29,20 @@ def main(argv: list[str]) -> int:
 
 
 def _train(config: Config) -> int:
+    import torch
 
     from mvp_fast.train.distributed import join_ranks
     from mvp_fast.train.loop import train
 
     with join_ranks(config.train) as ranks:
-        outcome = train(config, ranks)
+        try:
+            outcome = train(config, ranks)
+        except torch.OutOfMemoryError as error:
+            raise EnvironmentProblem(
+                f"The GPU's memory is too small: {str(error).partition('.')[0]}",
+                where=f"train.batch-size {config.train.batch_size}, train.accumulate {config.train.accumulate}",
+                fix="Raise train.accumulate, which keeps the result, or lower train.batch-size",
+            ) from error
         if not ranks.is_main:
             return 0
     if not outcome.images_per_second:  # no step was taken

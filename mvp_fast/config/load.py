@@ -74,8 +74,11 @@ def config_to_yaml(config: Config) -> str:
 def save_config(config: Config, path: Path) -> None:
     """Write the configuration as YAML: beside, then renamed, so that no reader sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(config_to_yaml(config), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(config_to_yaml(config), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only after an error
 
 
 def parse_overrides(config: Config, argv: list[str], prog: str, description: str) -> Config:
