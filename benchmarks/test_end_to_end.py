@@ -83,6 +83,8 @@ def test_b16(benchmark: Any, photo_sized: Path, tmp_path: Path, quick: bool, loa
 @pytest.mark.parametrize("loader", LOADERS)
 def test_small(benchmark: Any, imagenet_scenes: Path, tmp_path: Path, quick: bool, loader: str) -> None:
     """The same way at a size that a few CPU cores can bear."""
+    if quick and loader == "synthetic":
+        pytest.skip("one short run through files is enough for --quick")
     settings = {
         "data.loader": loader,
         "data.image-size": 112,

@@ -62,7 +62,7 @@ SMALL = Case(
     Config(
         data=DataConfig(image_size=112),
         mask=MaskConfig(patches=19, min_block=4),
-        student=StudentConfig(width=192, depth=4, heads=3),
+        student=StudentConfig(width=384, depth=4, heads=6),
         teacher=TeacherConfig("ViT-S-16", "random"),
         optim=OptimConfig(lr=LR),
         train=TrainConfig(batch_size=8, precision="fp32"),  # many CPUs have no fast bf16
@@ -179,7 +179,7 @@ def check_agreement(case: Case) -> None:
     config = replace(
         case.config,
         student=replace(case.config.student, drop_path=0.0),
-        train=replace(case.config.train, precision="fp32", batch_size=min(case.config.train.batch_size, 16)),
+        train=replace(case.config.train, precision="fp32", batch_size=4),
         optim=replace(case.config.optim, weight_decay=0.0),  # the peer decays biases and norms too
     )
     ours, peer = make_both(case, config)
@@ -209,8 +209,8 @@ def compare(benchmark: Any, case: Case, quick: bool) -> None:
 
     memory = {}
     mvp_kernels.reset_record()
-    for name, step in (("ours", ours), ("peer", peer)):  # a warm-up, in which the memory is measured
-        steps_of(step)
+    for name, step in (("ours", ours), ("peer", peer)):
+        steps_of(step)  # a warm-up
         memory[name] = peak_memory(case, lambda step=step: steps_of(step))
     peer_seconds: list[float] = []
 

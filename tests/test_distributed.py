@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,8 +160,9 @@ def test_torchrun_stopped_resumed(start: Start, dented: Path, one_rank: Path, tm
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
+    finally:  # where it went wrong, the ranks must not outlive torchrun
+        for one in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+            one.kill()
     assert process.returncode == 1  # torchrun's own; the ranks' is in what it prints, if it still waits for that
     reached = checkpoints(run)[-1]
     preempted = re.findall(r"mvp-fast train: preempted: .* step (\d+) of", err)

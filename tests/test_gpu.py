@@ -38,7 +38,23 @@ from mvp_fast.train.optim import build_optimizer
 from mvp_fast.train.step import TrainStep
 from tests.conftest import losses, read_metrics
 
-DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+GPU = pytest.mark.gpu
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+
+
+def on_devices(name: str, *values: str) -> pytest.MarkDecorator:
+    """Each value on the GPU; on the CPU, where other tests have the rest, the first alone."""
+    gpu = [pytest.param("cuda", value, marks=GPU, id=f"cuda-{value}") for value in values]
+    return pytest.mark.parametrize(("device", name), [pytest.param("cpu", values[0], id=f"cpu-{values[0]}"), *gpu])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On the CPU, more threads would only wait for each other over tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @contextmanager
@@ -55,8 +71,7 @@ def waiting_is_an_error(device: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-@DEVICES
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@on_devices("precision", "fp32", "bf16")
 def test_a_run_learns_and_resumes(train: Callable[..., Any], tmp_path: Path, device: str, precision: str) -> None:
     """Whole, and stopped half-way: on the CPU bit for bit the same, on the GPU within its sums' changing order."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -85,8 +100,7 @@ def test_a_run_learns_and_resumes(train: Callable[..., Any], tmp_path: Path, dev
     assert resumed == (expected if device == "cpu" else pytest.approx(expected, rel=0.02))
 
 
-@DEVICES
-@pytest.mark.parametrize("loss", ["cosine", "smooth_l1"])
+@on_devices("loss", "cosine", "smooth_l1")
 def test_the_host_does_not_wait_in_a_steady_step(device: str, loss: Literal["cosine", "smooth_l1"]) -> None:
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     config = Config(
@@ -116,7 +130,7 @@ def test_the_host_does_not_wait_in_a_steady_step(device: str, loss: Literal["cos
     assert results[-1].loss < results[0].loss
 
 
-@pytest.mark.gpu
+@GPU
 def test_waiting_is_noticed() -> None:
     with waiting_is_an_error("cuda"), pytest.raises(RuntimeError, match="synchronizing"):
         torch.zeros((), device="cuda").item()
