@@ -197,7 +197,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, dict[tuple[int, str], Student]]:
     """A run's folder with the checkpoints of two steps, and the students in them."""
-    state = {"config": config_to_dict(Config(student=SMALL, data=DataConfig(image_size=SIZE))), "target_width": 24}
+    config = config_to_dict(Config(student=SMALL, data=DataConfig(image_size=SIZE)))
+    state = {"config": config, "target_width": 24, "plan": {}, "teacher": "", "total_steps": 12, "skipped": 0}
     students = {(step, part): trained() for step in (3, 12) for part in ("student", "ema")}
     writer = Checkpointer(tmp_path / "run" / "checkpoints", keep=0)
     for step in (3, 12):

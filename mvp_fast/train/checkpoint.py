@@ -189,7 +189,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"state.json lacks {', '.join(error.args)}" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"This is no whole checkpoint: {reason}", where=str(path), fix="Name another with --resume PATH"
+            f"This is no whole checkpoint: {reason}", where=str(path), fix="Name another checkpoint"
         ) from error
     if version != STATE_VERSION:
         raise DataError(
