@@ -109,7 +109,7 @@ def test_wrong_input_is_told_in_a_paragraph(index: Index, tmp_path: Path, capsys
     assert main(["data", "render", str(index.root), "--step", "-1", *out]) == 2
     assert "count from 0" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["data", "render", str(index.root), "--out", str(tmp_path / "file" / "x")]) == 2
+    assert main(["data", "render", str(index.root), "--out", str(tmp_path / "file" / "x")]) == 4
     assert "cannot be written" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main(["data", "render", str(index.root), "--loader", "dalli", *out])
