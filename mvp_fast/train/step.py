@@ -82,7 +82,6 @@ class TrainStep:
                 )
                 # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
                 # gradient tells every rank after its all-reduce, and all of them skip the same update.
-                # (Not torch.where with numbers: it would copy them to the device and wait.)
                 finite = torch.isfinite(part_loss.detach())
                 factor = part_loss.new_full((), torch.nan).masked_fill_(finite, 1.0 / parts)
                 (part_loss * factor).backward()
