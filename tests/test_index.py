@@ -20,7 +20,7 @@ from PIL import Image
 from mvp_fast.cli.main import main
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.samples.index import COLUMNS, METADATA_KEY, Index
-from mvp_fast.samples.index_build import IndexReport, build_index, write_table
+from mvp_fast.samples.index_build import HEADERS_A_PROCESS, IndexReport, build_index, processes, write_table
 from mvp_fast.samples.probe import CHUNK, probe, probe_all
 
 KINDS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}
@@ -226,6 +226,12 @@ def test_a_folder_may_end_like_an_image(tmp_path: Path) -> None:
     draw(tmp_path / "a" / "odd.jpg" / "1.jpg")
     assert build(tmp_path).bad == []
     assert keys(Index.open(tmp_path)) == ["a/odd.jpg/1.jpg"]
+
+
+def test_other_processes_are_started_where_they_pay() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert [processes(HEADERS_A_PROCESS - 1, False), processes(HEADERS_A_PROCESS, False)] == [1, cores]
+    assert processes(1, True) == cores, "decoding pays at once; a single chunk stays here all the same"
 
 
 def test_any_number_of_workers_writes_the_same(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from mvp_fast.samples.probe import EXTENSIONS, Probe, probe_all
 
 MASKS, SCRATCH = "masks", "scenes.partial"
 ROWS_A_GROUP = 1 << 17  # what is unpacked at a time when an index is read
+HEADERS_A_PROCESS = 10_000  # read in about the time that another process takes to start
 
 Progress = Callable[[int, int], None]
 """Called with the number of files looked into and their total."""
@@ -86,7 +87,7 @@ def build_index(
         root: the folder.
         out: the Parquet file to write, replacing an older one at the end; default `root`/index.parquet.
         verify: decode every image instead of reading its header alone.
-        workers: processes; 0 takes as many as there are cores. A script that asks for more than 1 needs the guard
+        workers: processes; 0 takes as many as pay (see `processes`). A script that asks for more than 1 needs the guard
             `if __name__ == "__main__"`, as always with processes that are spawned.
         progress: called now and then.
 
@@ -104,7 +105,7 @@ def build_index(
     classes, keys, labels, bad = _scan(base)
     with replacing(path) as file:
         probes: list[Probe] = []
-        for chunk in probe_all(base, keys, verify, workers or len(os.sched_getaffinity(0))):
+        for chunk in probe_all(base, keys, verify, workers or processes(len(keys), verify)):
             probes += chunk
             if progress is not None:
                 progress(len(probes), len(keys))
@@ -127,6 +128,11 @@ def build_index(
         write_table(table, about, file)
     total = int(table.column("length").to_numpy().sum())
     return IndexReport(path, len(table), classes, total, bad, bad_path, time.monotonic() - began)
+
+
+def processes(files: int, verify: bool) -> int:
+    """How many processes pay: one a core; this one alone for headers of so few files that others start too late."""
+    return 1 if files < HEADERS_A_PROCESS and not verify else len(os.sched_getaffinity(0))
 
 
 def write_table(table: pa.Table, about: dict[str, Any], file: IO[bytes] | Path) -> None:

@@ -30,7 +30,7 @@ class Options:
     verify: bool = False
     """Decode every image, to find those that are truncated or corrupt, instead of reading headers alone."""
     workers: int = 0
-    """Processes that read images; 0 takes one a core."""
+    """Processes that read images; 0 takes one a core, or one alone for the headers of few files."""
 
 
 def main(argv: list[str]) -> int:
