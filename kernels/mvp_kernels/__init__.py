@@ -4,17 +4,20 @@
     token_norm      per-token normalisation: l2, layernorm without affine part, none
     cosine_loss     1 - cosine similarity, mean over tokens
     guided_loss     the three in one: gather the targets, normalise them, score the predictions
-    patchify        uint8 images to normalised patches, ready for a linear patch embedding
+    patchify        uint8 images to normalised patches, for one model or two in one read
 
-`mvp_kernels.reference` holds each as plain torch; the functions here run the implementation that `impl` or the
-environment variable MVP_KERNELS asks for (see `mvp_kernels.registry`). The package needs torch alone.
+The functions here run the implementation that `impl` or the environment variable MVP_KERNELS asks for (see
+`mvp_kernels.registry`): the Triton kernels of `mvp_kernels.operators`, or plain torch of `mvp_kernels.reference`. The
+package needs torch, and Triton for its kernels.
 """
 
+from mvp_kernels.arguments import Normalization
 from mvp_kernels.dispatch import cosine_loss, guided_loss, masked_gather, patchify, token_norm
 from mvp_kernels.registry import KernelUnavailable, last_used, record, reset_record, resolve
 
 __all__ = [
     "KernelUnavailable",
+    "Normalization",
     "cosine_loss",
     "guided_loss",
     "last_used",

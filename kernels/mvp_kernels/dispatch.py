@@ -9,16 +9,20 @@ M of a name such as pred_MD stands for any number of leading dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from mvp_kernels import reference
+from mvp_kernels import arguments, reference
+from mvp_kernels.arguments import EPS, Normalization
+from mvp_kernels.availability import triton_is_automatic, triton_obstacle
 from mvp_kernels.registry import KernelUnavailable, last_used, record, register, reset_record, resolve, run
 
 __all__ = [
     "KernelUnavailable",
+    "Normalization",
     "cosine_loss",
     "guided_loss",
     "last_used",
@@ -30,8 +34,20 @@ __all__ = [
     "token_norm",
 ]
 
+
+def _from(module: str, op: str) -> Callable[[], Callable[..., Any]]:
+    """Imports the module when the operation is first chosen."""
+
+    def load() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), op)
+        return function
+
+    return load
+
+
 for _op in ("masked_gather", "token_norm", "cosine_loss", "guided_loss", "patchify"):
-    register(_op, "reference", getattr(reference, _op))
+    register(_op, "reference", _from(reference.__name__, _op))
+    register(_op, "triton", _from(f"mvp_kernels.operators.{_op}", _op), triton_obstacle, triton_is_automatic)
 
 
 def masked_gather(x_BND: Tensor, index_BM: Tensor, *, impl: str = "auto") -> Tensor:
@@ -39,21 +55,25 @@ def masked_gather(x_BND: Tensor, index_BM: Tensor, *, impl: str = "auto") -> Ten
 
     Args:
         x_BND: tokens, any floating type.
-        index_BM: int64 in [-1, N); -1 pads a row that takes fewer tokens, and yields zeros without a gradient.
+        index_BM: int64 in [-1, N); -1 pads a row that takes fewer tokens, and yields zeros without a gradient. A row
+            takes a token at most once: where it does not, Triton's gradient is that of the last time alone.
 
     Returns:
         (B, M, D) of x_BND's type.
 
     Raises:
-        IndexError: an index is out of range; on the CPU only. On a GPU one too great trips a device-side assertion,
-            and every negative one is padding.
-        TypeError, ValueError: index is not int64, or the shapes don't fit.
+        IndexError: an index is out of range; on the CPU. On a GPU the host does not look: Triton then yields a row of
+            NaN, the reference trips torch's device-side assertion or takes what is below -1 for padding. With
+            MVP_KERNELS_DEBUG=1 the device asserts range and distinctness, and still the host does not wait.
+        TypeError, ValueError: types or shapes don't fit.
     """
+    arguments.check_floats(tokens=x_BND)
+    arguments.check_index(x_BND, index_BM)
     out: Tensor = run("masked_gather", impl, x_BND.device, x_BND, index_BM)
     return out
 
 
-def token_norm(x_MD: Tensor, kind: str = "l2", eps: float = reference.EPS, *, impl: str = "auto") -> Tensor:
+def token_norm(x_MD: Tensor, kind: str = "l2", eps: float = EPS, *, impl: str = "auto") -> Tensor:
     """Normalise each token over its channels.
 
     Args:
@@ -65,6 +85,7 @@ def token_norm(x_MD: Tensor, kind: str = "l2", eps: float = reference.EPS, *, im
     Returns:
         x_MD's shape and type.
     """
+    arguments.check_norm(x_MD, kind)
     out: Tensor = run("token_norm", impl, x_MD.device, x_MD, kind, eps)
     return out
 
@@ -74,8 +95,9 @@ def cosine_loss(
     target_MD: Tensor,
     weight_M: Tensor | None = None,
     reduction: str = "mean",
-    eps: float = reference.EPS,
+    eps: float = EPS,
     *,
+    upstream: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
     """1 - cos(prediction, target) of each token, and their mean.
@@ -85,14 +107,19 @@ def cosine_loss(
 
     Args:
         pred_MD, target_MD: tokens (..., D).
-        weight_M: weight of each token (...); the mean is then weighted, and a token of weight 0 takes no part.
+        weight_M: weight of each token (...), a constant; the mean is then weighted, and a token of weight 0 takes no
+            part.
         reduction: `mean`, or `none` for the (weighted) loss of each token.
         eps: least length of a token.
+        upstream: the gradient that backward() is expected to bring for the result, such as 1 / accumulation steps.
+            Triton prepares the gradient for it in the forward pass. Another one is right too: the gradient is then
+            computed again.
 
     Returns:
         float32 (float64 for float64 input): () or (...). The mean over no token, or no weight, is 0.
     """
-    out: Tensor = run("cosine_loss", impl, pred_MD.device, pred_MD, target_MD, weight_M, reduction, eps)
+    arguments.check_cosine(pred_MD, target_MD, weight_M, reduction)
+    out: Tensor = run("cosine_loss", impl, pred_MD.device, pred_MD, target_MD, weight_M, reduction, eps, upstream)
     return out
 
 
@@ -102,8 +129,9 @@ def guided_loss(
     index_BM: Tensor | None = None,
     kind: str = "l2",
     reduction: str = "mean",
-    eps: float = reference.EPS,
+    eps: float = EPS,
     *,
+    upstream: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
     """masked_gather of the targets, token_norm of them, cosine_loss against the predictions: the loss of MVP.
@@ -114,34 +142,33 @@ def guided_loss(
         index_BM: int64 token of each prediction, -1 for padding, which takes no part in the mean.
         kind, eps: as in `token_norm`; l2 and none give the same loss, for the cosine does not see a token's length.
         reduction: `mean`, or `none` for (B, M).
+        upstream: as in `cosine_loss`.
 
     Returns:
         float32 (float64 for float64 input): () or (B, M).
     """
-    out: Tensor = run("guided_loss", impl, pred_BMD.device, pred_BMD, target_BND, index_BM, kind, reduction, eps)
+    pred_BMD = arguments.check_guided(pred_BMD, target_BND, index_BM, kind, reduction)
+    given = (pred_BMD, target_BND, index_BM, kind, reduction, eps, upstream)
+    out: Tensor = run("guided_loss", impl, pred_BMD.device, *given)
     return out
 
 
 def patchify(
-    images_BHWC: Tensor,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-    *,
-    impl: str = "auto",
-) -> Tensor:
-    """Normalise colours, (x / 255 - mean) / std, and cut images into patches.
+    images: Tensor, patch: int, normalizations: Sequence[Normalization], layout: str = "NHWC", *, impl: str = "auto"
+) -> list[Tensor]:
+    """Normalise colours, (x / 255 - mean) / std, and cut images into patches: one result for each normalisation.
 
     Args:
-        images_BHWC: uint8.
+        images: uint8, (B, H, W, C), or (B, C, H, W) with layout NCHW; any strides.
         patch: side of a patch; divides H and W.
-        mean, std: a number for each colour, of values in [0, 1].
-        dtype: type of the result; the arithmetic is float32 (float64 for float64).
+        normalizations: colour statistics and the result's type, a model each. The images are read once for two.
+        layout: of `images`.
 
     Returns:
-        patches_BNP: N row-major over the grid, P ordered (colour, row, column), so that the weight of a convolutional
-        patch embedding multiplies it as `weight.flatten(1)`.
+        patches_BNP for each of `normalizations`: N row-major over the grid, P ordered (colour, row, column), so that
+        the weight of a convolutional patch embedding multiplies it as `weight.flatten(1)`.
     """
-    out: Tensor = run("patchify", impl, images_BHWC.device, images_BHWC, patch, tuple(mean), tuple(std), dtype)
+    normalizations = [Normalization(tuple(mean), tuple(std), dtype) for mean, std, dtype in normalizations]
+    images_BHWC = arguments.check_images(images, patch, normalizations, layout)
+    out: list[Tensor] = run("patchify", impl, images.device, images_BHWC, patch, normalizations)
     return out

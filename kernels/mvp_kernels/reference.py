@@ -1,7 +1,7 @@
 """Every operation as plain torch: obvious, differentiable, on any device. What the kernels are tested against.
 
 Arithmetic is float32 whatever the input's type, and float64 where the input is float64 (so that gradcheck means
-something). Nothing here reads a value back to the host, save the range check of `masked_gather` on the CPU.
+something). Nothing here reads a value back to the host. Arguments are checked before, in `mvp_kernels.arguments`.
 
 Shape legend: B images, N tokens, M tokens taken, D channels of a token, H and W pixels, C colours,
 P = C * patch * patch.
@@ -15,24 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NORMS = ("l2", "layernorm", "none")
-REDUCTIONS = ("mean", "none")
-EPS = 1e-6
+from mvp_kernels.arguments import EPS, Normalization
 
 
 def masked_gather(x_BND: Tensor, index_BM: Tensor) -> Tensor:
     """Rows `x_BND[b, index_BM[b, m]]`, zeros where the index is -1; see `mvp_kernels.masked_gather`."""
-    if x_BND.ndim != 3 or index_BM.ndim != 2 or x_BND.shape[0] != index_BM.shape[0]:
-        raise ValueError(f"want x (B, N, D) and index (B, M), got {_shapes(x_BND, index_BM)}")
-    if index_BM.dtype != torch.int64:
-        raise TypeError(f"index must be int64, is {index_BM.dtype}")
-    tokens = x_BND.shape[1]
-    # On a GPU this check would make the host wait for the device, and a compiler can't trace it.
-    if index_BM.device.type == "cpu" and index_BM.numel() and not torch.compiler.is_compiling():
-        low, high = int(index_BM.min()), int(index_BM.max())
-        if low < -1 or high >= tokens:
-            raise IndexError(f"index holds {low if low < -1 else high}; the range is -1 (padding) to {tokens - 1}")
-    if tokens == 0:  # every index is padding
+    if x_BND.shape[1] == 0:  # every index is padding
         return x_BND.new_zeros(*index_BM.shape, x_BND.shape[2])
     rows_BMD = x_BND.gather(1, index_BM.clamp_min(0)[..., None].expand(-1, -1, x_BND.shape[2]))
     return rows_BMD.masked_fill(index_BM[..., None] < 0, 0)
@@ -44,15 +32,14 @@ def token_norm(x_MD: Tensor, kind: str = "l2", eps: float = EPS) -> Tensor:
 
 
 def cosine_loss(
-    pred_MD: Tensor, target_MD: Tensor, weight_M: Tensor | None = None, reduction: str = "mean", eps: float = EPS
+    pred_MD: Tensor,
+    target_MD: Tensor,
+    weight_M: Tensor | None = None,
+    reduction: str = "mean",
+    eps: float = EPS,
+    upstream: float = 1.0,
 ) -> Tensor:
-    """1 - cosine similarity; see `mvp_kernels.cosine_loss`."""
-    if pred_MD.shape != target_MD.shape:
-        raise ValueError(f"prediction and target differ in shape: {_shapes(pred_MD, target_MD)}")
-    if weight_M is not None and weight_M.shape != pred_MD.shape[:-1]:
-        raise ValueError(f"want a weight for each token, got {_shapes(pred_MD, weight_M)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}, not one of {', '.join(REDUCTIONS)}")
+    """1 - cosine similarity; see `mvp_kernels.cosine_loss`. `upstream` is of no use to it."""
     pred, target = _wide(pred_MD), _wide(target_MD)
     if weight_M is not None:  # a token of weight 0 takes no part, whatever it holds
         left_out_M1 = (weight_M == 0)[..., None]
@@ -76,34 +63,24 @@ def guided_loss(
     kind: str = "l2",
     reduction: str = "mean",
     eps: float = EPS,
+    upstream: float = 1.0,
 ) -> Tensor:
     """Gather, normalise the targets, score the predictions; see `mvp_kernels.guided_loss`."""
     weight_BM = None
     if index_BM is not None:
         target_BND = masked_gather(target_BND, index_BM)
         weight_BM = index_BM >= 0
-    if pred_BMD.ndim == target_BND.ndim - 1:
-        pred_BMD = pred_BMD.reshape(target_BND.shape)
     return cosine_loss(pred_BMD, _normalised(target_BND, kind, eps), weight_BM, reduction, eps)
 
 
-def patchify(
-    images_BHWC: Tensor,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Normalise colours and cut into patches; see `mvp_kernels.patchify`."""
-    if images_BHWC.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, are {images_BHWC.dtype}")
-    if images_BHWC.ndim != 4 or images_BHWC.shape[3] != len(mean) or len(mean) != len(std):
-        raise ValueError(
-            f"want images (B, H, W, {len(mean)}) and as many stds, got {_shapes(images_BHWC)} and {len(std)}"
-        )
+def patchify(images_BHWC: Tensor, patch: int, normalizations: Sequence[Normalization]) -> list[Tensor]:
+    """Normalise colours and cut into patches, once for each normalisation; see `mvp_kernels.patchify`."""
+    return [_patchify(images_BHWC, patch, normalization) for normalization in normalizations]
+
+
+def _patchify(images_BHWC: Tensor, patch: int, normalization: Normalization) -> Tensor:
+    mean, std, dtype = normalization
     images, height, width, colours = images_BHWC.shape
-    if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"{height} x {width} pixels can't be cut into patches of {patch} x {patch}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # A colour at a time: mean and std stay numbers of the host, for a tensor of them would have to be copied over.
     x_BCHW = torch.stack([(images_BHWC[..., c].to(wide) / 255 - mean[c]) / std[c] for c in range(colours)], dim=1)
@@ -118,7 +95,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, eps: float) -> Tensor:
-    """Euclidean length over the last dimension, at least `eps`; its gradient is 0 at and below that."""
+    """Euclidean length over the last dimension, at least `eps`; its gradient is 0 below that."""
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return length.clamp_min(eps)
 
@@ -129,10 +106,4 @@ def _normalised(x_MD: Tensor, kind: str, eps: float) -> Tensor:
         return x_MD
     if kind == "l2":
         return x_MD / _norm(x_MD, eps)
-    if kind == "layernorm":
-        return F.layer_norm(x_MD, x_MD.shape[-1:], eps=eps)
-    raise ValueError(f"kind is {kind!r}, not one of {', '.join(NORMS)}")
-
-
-def _shapes(*tensors: Tensor) -> str:
-    return " and ".join(str(tuple(t.shape)) for t in tensors)
+    return F.layer_norm(x_MD, x_MD.shape[-1:], eps=eps)

@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: chosen by name, never silently replaced, and recorded.
 
-    auto        the fastest registered implementation that works on the tensor's device (the default)
+    auto        the fastest registered implementation that is meant for the tensor's device (the default)
     triton      the Triton kernel, or KernelUnavailable
     reference   plain torch
 
@@ -31,32 +31,41 @@ class Implementation:
     """One way to run an operation.
 
     Attributes:
-        function: the operation.
+        load: returns the operation; called once, when it is first chosen, so that what it imports is loaded late.
         obstacle: maps a device type ("cuda", "cpu") to what keeps it from running there; "" where nothing does.
+        automatic: maps a device type to whether `auto` may take it there.
     """
 
-    function: Callable[..., Any]
+    load: Callable[[], Callable[..., Any]]
     obstacle: Callable[[str], str]
+    automatic: Callable[[str], bool]
 
 
 _registered: dict[str, dict[str, Implementation]] = {}
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
 _last_used: dict[str, str] = {}
 
 
 def register(
-    op: str, impl: str, function: Callable[..., Any], obstacle: Callable[[str], str] = lambda device_type: ""
+    op: str,
+    impl: str,
+    load: Callable[[], Callable[..., Any]],
+    obstacle: Callable[[str], str] = lambda device_type: "",
+    automatic: Callable[[str], bool] = lambda device_type: True,
 ) -> None:
     """Add an implementation; one registered before under the same names is replaced.
 
     Args:
         op: the operation's name.
         impl: one of IMPLEMENTATIONS.
-        function: takes the arguments of the operation in `mvp_kernels.dispatch`, without `impl`.
-        obstacle: see `Implementation`.
+        load: returns the function, which takes the arguments of the operation in `mvp_kernels.dispatch`, checked and
+            without `impl`.
+        obstacle, automatic: see `Implementation`.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}, not one of {', '.join(IMPLEMENTATIONS)}")
-    _registered.setdefault(op, {})[impl] = Implementation(function, obstacle)
+    _registered.setdefault(op, {})[impl] = Implementation(load, obstacle, automatic)
+    _loaded.pop((op, impl), None)
 
 
 def requested(impl: str = "auto") -> str:
@@ -78,17 +87,28 @@ def requested(impl: str = "auto") -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op: str, impl: str, device_type: str) -> str:
-    """The name of the implementation that runs `op` on this kind of device.
+    """The name of the implementation that runs `op` on this kind of device; it is loaded.
 
     torch.compile takes the answer as a constant, so MVP_KERNELS counts as it is when a function is compiled.
 
     Raises:
         KernelUnavailable: the request names an implementation that can't run.
     """
+    name = _choose(op, impl, device_type)
+    if (op, name) not in _loaded:
+        _loaded[op, name] = _registered[op][name].load()
+    return name
+
+
+def _choose(op: str, impl: str, device_type: str) -> str:
     asked = requested(impl)
     found = _registered[op]
     if asked == "auto":
-        return next(name for name in IMPLEMENTATIONS if name in found and not found[name].obstacle(device_type))
+        return next(
+            name
+            for name in IMPLEMENTATIONS
+            if name in found and found[name].automatic(device_type) and not found[name].obstacle(device_type)
+        )
     if asked not in found:
         raise KernelUnavailable(f"there is no {asked} implementation of {op}: ask for auto or {', '.join(found)}")
     obstacle = found[asked].obstacle(device_type)
@@ -101,7 +121,7 @@ def run(op: str, impl: str, device: torch.device, *args: Any) -> Any:
     """Run `op` by the implementation that `choose` names, and record it."""
     name = choose(op, impl, device.type)
     _last_used[op] = name
-    return _registered[op][name].function(*args)
+    return _loaded[op, name](*args)
 
 
 def last_used(op: str) -> str | None:
@@ -131,7 +151,7 @@ def resolve(impl: str = "auto", device_type: str | None = None) -> str:
     """
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = {op: choose(op, impl, device_type) for op in sorted(_registered)}
+    chosen = {op: _choose(op, impl, device_type) for op in sorted(_registered)}
     names = list(chosen.values())
     usual = max(IMPLEMENTATIONS, key=names.count)
     others = [f"{op} {name}" for op, name in chosen.items() if name != usual]

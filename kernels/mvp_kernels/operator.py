@@ -1,0 +1,67 @@
+"""One operator, two ways in: a `torch.library` op for compilers, and an autograd function for eager calls.
+
+Both are made of the same four functions. The library op is what torch.compile, fake tensors and tracers see. An eager
+call goes past the dispatcher, whose way to a Python function costs more than many of these kernels take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("mvp_kernels", "DEF")
+
+
+class Operator:
+    """`operator(*args)` runs `forward(*args)`, with its gradient where there is one.
+
+    Args:
+        name: in the namespace mvp_kernels.
+        schema: the arguments and results, as torch.library writes them.
+        forward: launches the kernels.
+        fake: the results' shapes and types from the arguments', for tracing.
+        setup: keeps in ctx what `backward` needs, from (ctx, arguments, results); None where there is no gradient.
+        backward: gradients of the arguments from (ctx, *gradients of the results).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup: Callable[[Any, Any, Any], None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name, self.forward = name, forward
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, forward, key)
+        torch.library.register_fake(f"mvp_kernels::{name}", fake, lib=LIBRARY)
+        self.overload = getattr(torch.ops.mvp_kernels, name).default
+        self.eager = forward
+        if setup is not None and backward is not None:
+            torch.library.register_autograd(f"mvp_kernels::{name}", backward, setup_context=setup, lib=LIBRARY)
+            self.eager = _autograd_function(name, forward, setup, backward).apply
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args) if traced() else self.eager(*args)
+
+
+def traced() -> bool:
+    """Whether something looks on that must see operators: a compiler, a tracer, fake tensors, a dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _autograd_function(
+    name: str, forward: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    def run(ctx: Any, *args: Any) -> Any:
+        results = forward(*args)
+        setup(ctx, args, results)
+        return results
+
+    once = torch.autograd.function.once_differentiable(backward)
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(once)})

@@ -1,0 +1,352 @@
+"""The kernels of both losses: 1 - cos of each prediction and its target, with the gradient in the same pass.
+
+For a prediction p and a target t, with n(v) = max(|v|, eps) and weight w, the loss of a token and its gradient are
+
+    1 - c,  c = p.t / (n(p) n(t))
+    dp = -f (t / n(t) - [|p| >= eps] c p / n(p)) / n(p)         f = upstream w / sum of w   (upstream w per token)
+
+and the same for dt with p and t exchanged. A target may be gathered by an index first, and normalised: l2 divides by
+n(t), layernorm subtracts the mean and divides by sqrt(var + eps). Neither needs a second look at the target: the
+cosine does not see a factor, which only decides where eps takes hold.
+
+One kernel does it all. A forward pass reads p and t once and can write the gradient for a known upstream gradient in
+the same pass, with that upstream gradient beside it, a number a token (`held`). A backward pass writes the gradient for
+the upstream gradient that came; given `held`, it passes over the tokens for which that has been done.
+
+Sums are deterministic: one partial sum a program, added up by one program in a fixed order.
+
+Shape legend: B images, N tokens, M tokens in the loss, R of them in a program's tile, D channels, G partial sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvp_kernels.launch import launch_of
+from mvp_kernels.operators.rows import TRITON_TYPES, as_rows, at_least, row_sum, side_by_side, square_root, wide_of
+
+TOTALS = 64  # partial sums of the weights
+SUM_BLOCK = 8192
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def total_kernel(
+    index_ptr, weight_ptr, total_ptr, tokens, STEPS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+):
+    """total_G: the sum of a stretch of the weights, or how many of a stretch of the index take a token."""
+    sum_S = tl.zeros([BLOCK], WIDE)
+    for step in range(STEPS):
+        place_S = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        if index_ptr is not None:
+            sum_S += (tl.load(index_ptr + place_S, mask=place_S < tokens, other=-1) != -1).to(WIDE)
+        else:
+            sum_S += tl.load(weight_ptr + place_S, mask=place_S < tokens, other=0).to(WIDE)
+    tl.store(total_ptr + tl.program_id(0), tl.sum(sum_S, axis=0))
+
+
+@triton.jit
+def weight_sum(total_ptr, tokens, TOTALS: tl.constexpr, WIDE: tl.constexpr):
+    """The sum of all weights, 1 where it is 0; without weights, the number of tokens."""
+    total = tokens.to(WIDE) if total_ptr is None else tl.sum(tl.load(total_ptr + tl.arange(0, TOTALS)), axis=0)
+    return tl.where(total == 0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["tokens", "partials"])
+def mean_kernel(
+    partial_ptr,
+    total_ptr,
+    loss_ptr,
+    tokens,
+    partials,
+    STEPS: tl.constexpr,
+    TOTALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The mean from its partial sums, by one program."""
+    sum_S = tl.zeros([BLOCK], WIDE)
+    for step in range(STEPS):
+        place_S = step * BLOCK + tl.arange(0, BLOCK)
+        sum_S += tl.load(partial_ptr + place_S, mask=place_S < partials, other=0.0)
+    tl.store(loss_ptr, tl.sum(sum_S, axis=0) / weight_sum(total_ptr, tokens, TOTALS, WIDE))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def score_kernel(
+    pred_ptr,
+    target_ptr,
+    index_ptr,
+    weight_ptr,
+    total_ptr,
+    upstream_ptr,
+    loss_ptr,
+    grad_pred_ptr,
+    grad_target_ptr,
+    held_ptr,
+    tokens,
+    tokens_an_image,
+    target_tokens,
+    width,
+    pred_stride,
+    target_stride_b,
+    target_stride_n,
+    KIND: tl.constexpr,
+    EPS: tl.constexpr,
+    UPSTREAM: tl.constexpr,
+    MEAN: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TOTALS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Forward: loss (a sum a program where MEAN, else a number a token), gradients, held. Backward: gradients, held."""
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column_D = tl.arange(0, BLOCK)
+    wanted_R = row_R < tokens
+    if BACKWARD:
+        upstream_R = tl.load(upstream_ptr + row_R * (0 if MEAN else 1), mask=wanted_R, other=0.0).to(WIDE)
+        if held_ptr is not None:
+            wanted_R = wanted_R & (upstream_R != tl.load(held_ptr + row_R, mask=wanted_R, other=0.0))
+            if tl.max(wanted_R.to(tl.int32), axis=0) == 0:
+                return
+    else:
+        upstream_R = tl.full([ROWS], UPSTREAM, WIDE)
+
+    # Which target, and whether the token takes part.
+    weight_R = tl.full([ROWS], 1.0, WIDE)
+    found_R = wanted_R
+    target_R = row_R * target_stride_n
+    if index_ptr is not None:
+        index_R = tl.load(index_ptr + row_R, mask=wanted_R, other=-1)
+        found_R = (index_R >= 0) & (index_R < target_tokens)
+        weight_R = (index_R != -1).to(WIDE)
+        target_R = row_R // tokens_an_image * target_stride_b + index_R * target_stride_n
+    if weight_ptr is not None:
+        weight_R = tl.load(weight_ptr + row_R, mask=wanted_R, other=0).to(WIDE)
+    taken_R = wanted_R & (weight_R != 0)
+    found_R = found_R & taken_R
+    taken_RD = taken_R[:, None] & (column_D < width)[None, :]
+    found_RD = found_R[:, None] & (column_D < width)[None, :]
+
+    p_RD = tl.load(pred_ptr + row_R[:, None] * pred_stride + column_D[None, :], mask=taken_RD, other=0.0).to(WIDE)
+    t_RD = tl.load(target_ptr + target_R[:, None] + column_D[None, :], mask=found_RD, other=0.0).to(WIDE)
+    if KIND == "layernorm":
+        t_RD = tl.where(found_RD, t_RD - (row_sum(t_RD) / width)[:, None], 0.0)
+    length_p_R = square_root(row_sum(p_RD * p_RD))
+    square_t_R = row_sum(t_RD * t_RD)
+    length_t_R = square_root(square_t_R)
+    inverse_p_R = 1.0 / at_least(length_p_R, EPS)
+    if KIND == "layernorm":
+        inverse_t_R = 1.0 / square_root(square_t_R / width + EPS)
+    else:
+        inverse_t_R = 1.0 / at_least(length_t_R, EPS)
+    if KIND != "none":  # the length of the normalised target is held to eps once more
+        inverse_t_R = inverse_t_R / at_least(length_t_R * inverse_t_R, EPS)
+    # An index out of range makes NaN of its token, in the loss and in the gradient.
+    inverse_t_R = tl.where(taken_R & (found_R == 0), float("nan"), inverse_t_R)
+    cos_R = row_sum(p_RD * t_RD) * inverse_p_R * inverse_t_R
+
+    if not BACKWARD:
+        loss_R = tl.where(taken_R, (1.0 - cos_R) * weight_R, 0.0)
+        if MEAN:
+            tl.store(loss_ptr + tl.program_id(0), tl.sum(loss_R, axis=0))
+        else:
+            tl.store(loss_ptr + row_R, loss_R, mask=wanted_R)
+    if held_ptr is not None:
+        tl.store(held_ptr + row_R, upstream_R, mask=wanted_R)
+    factor_R = upstream_R * weight_R
+    if MEAN:
+        factor_R = factor_R / weight_sum(total_ptr, tokens, TOTALS, WIDE)
+    inside_RD = wanted_R[:, None] & (column_D < width)[None, :]
+    out_RD = row_R[:, None] * width + column_D[None, :]
+    if grad_pred_ptr is not None:
+        along_R = tl.where(length_p_R < EPS, 0.0, cos_R * inverse_p_R)
+        g_RD = (p_RD * along_R[:, None] - t_RD * inverse_t_R[:, None]) * (factor_R * inverse_p_R)[:, None]
+        g_RD = tl.where(taken_RD, g_RD, 0.0)
+        tl.store(grad_pred_ptr + out_RD, g_RD.to(grad_pred_ptr.dtype.element_ty), mask=inside_RD)
+    if grad_target_ptr is not None:
+        along_R = tl.where(length_t_R < EPS, 0.0, cos_R * inverse_t_R)
+        g_RD = (t_RD * along_R[:, None] - p_RD * inverse_p_R[:, None]) * (factor_R * inverse_t_R)[:, None]
+        g_RD = tl.where(taken_RD, g_RD, 0.0)
+        tl.store(grad_target_ptr + out_RD, g_RD.to(grad_target_ptr.dtype.element_ty), mask=inside_RD)
+
+
+class Rule(NamedTuple):
+    """What is computed.
+
+    Attributes:
+        op: whose launch parameters are used.
+        kind: normalisation of the target: l2, layernorm or none.
+        mean: the (weighted) mean, or a number for each token.
+        eps: least length.
+    """
+
+    op: str
+    kind: str
+    mean: bool
+    eps: float
+
+
+class Scores(NamedTuple):
+    """What a pass leaves; None is what was not asked for.
+
+    Attributes:
+        loss: () where the mean was asked for, else (M,); float32, or float64 where an input is.
+        total_G: partial sums of the weights; empty where all weigh 1 or no mean is taken.
+        grad_pred, grad_target: (M, D), each of its tensor's type.
+        held_M: upstream gradient of each token's loss for which the gradients were computed.
+    """
+
+    loss: Tensor | None
+    total_G: Tensor
+    grad_pred: Tensor | None = None
+    grad_target: Tensor | None = None
+    held_M: Tensor | None = None
+
+
+def score(
+    rule: Rule,
+    pred_MD: Tensor,
+    target: Tensor,
+    index_BM: Tensor | None,
+    weight_M: Tensor | None,
+    upstream: float = 1.0,
+    want_pred: bool = False,
+    want_target: bool = False,
+) -> Scores:
+    """Losses and, where wanted, gradients for an upstream gradient. The target is (B, N, D), or (M, D) unindexed."""
+    loss, total_G = empty_losses(rule, pred_MD, target, index_BM, weight_M)
+    tokens, wide = pred_MD.shape[0], loss.dtype
+    scores = Scores(
+        loss,
+        total_G,
+        torch.empty_like(pred_MD, memory_format=torch.contiguous_format) if want_pred else None,
+        torch.empty_like(target, memory_format=torch.contiguous_format) if want_target else None,
+        pred_MD.new_empty(tokens, dtype=wide) if want_pred or want_target else None,
+    )
+    if tokens == 0:
+        loss.zero_()
+        total_G.zero_()
+        return scores
+    if total_G.numel():
+        _sum_weights(total_G, index_BM, weight_M, tokens)
+    if not rule.mean:
+        _launch(rule, pred_MD, target, index_BM, weight_M, scores, upstream)
+        return scores
+    programs = triton.cdiv(tokens, launch_of(rule.op, pred_MD.shape[1], pred_MD.dtype, pred_MD.device).rows)
+    partial = loss.new_empty(programs)
+    _launch(rule, pred_MD, target, index_BM, weight_M, scores._replace(loss=partial), upstream)
+    block = min(SUM_BLOCK, triton.next_power_of_2(programs))
+    mean_kernel[(1,)](
+        partial,
+        _or_none(total_G),
+        loss,
+        tokens,
+        programs,
+        STEPS=triton.cdiv(programs, block),
+        TOTALS=TOTALS,
+        BLOCK=block,
+        WIDE=TRITON_TYPES[wide],
+        num_warps=8,
+    )
+    return scores
+
+
+def score_again(
+    rule: Rule,
+    upstream: Tensor,
+    pred_MD: Tensor,
+    target: Tensor,
+    index_BM: Tensor | None,
+    weight_M: Tensor | None,
+    scores: Scores,
+) -> None:
+    """Write the gradients in `scores` for an upstream gradient, () or (M,), where `held_M` is of another one."""
+    if pred_MD.shape[0]:
+        _launch(rule, pred_MD, target, index_BM, weight_M, scores, upstream.contiguous())
+
+
+def empty_losses(
+    rule: Rule, pred_MD: Tensor, target: Tensor, index_BM: Tensor | None, weight_M: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`loss` and `total_G` of Scores, values undefined."""
+    wide = wide_of(pred_MD, target)
+    weighed = rule.mean and (index_BM is not None or weight_M is not None)
+    loss = pred_MD.new_empty(() if rule.mean else (pred_MD.shape[0],), dtype=wide)
+    return loss, pred_MD.new_empty(TOTALS if weighed else 0, dtype=wide)
+
+
+def _sum_weights(total_G: Tensor, index_BM: Tensor | None, weight_M: Tensor | None, tokens: int) -> None:
+    block = min(SUM_BLOCK, triton.next_power_of_2(triton.cdiv(tokens, TOTALS)))
+    total_kernel[(TOTALS,)](
+        _contiguous(index_BM),
+        _contiguous(weight_M),
+        total_G,
+        tokens,
+        STEPS=triton.cdiv(tokens, TOTALS * block),
+        BLOCK=block,
+        WIDE=TRITON_TYPES[total_G.dtype],
+    )
+
+
+def _launch(
+    rule: Rule,
+    pred_MD: Tensor,
+    target: Tensor,
+    index_BM: Tensor | None,
+    weight_M: Tensor | None,
+    scores: Scores,
+    upstream: Tensor | float,
+) -> None:
+    backward = isinstance(upstream, Tensor)
+    pred_MD, (tokens, width) = as_rows(pred_MD), pred_MD.shape
+    if index_BM is None:
+        target = as_rows(target)
+        stride_b, stride_n, target_tokens = 0, target.stride(0), 0
+    else:
+        target = side_by_side(target)
+        stride_b, stride_n, target_tokens = target.stride(0), target.stride(1), target.shape[1]
+    rows, warps = launch_of(rule.op, width, pred_MD.dtype, pred_MD.device)
+    score_kernel[(triton.cdiv(tokens, rows),)](
+        pred_MD,
+        target,
+        _contiguous(index_BM),
+        _contiguous(weight_M),
+        _or_none(scores.total_G),
+        upstream if backward else None,
+        None if backward else scores.loss,
+        scores.grad_pred,
+        scores.grad_target,
+        scores.held_M,
+        tokens,
+        1 if index_BM is None else index_BM.shape[1],
+        target_tokens,
+        width,
+        pred_MD.stride(0),
+        stride_b,
+        stride_n,
+        KIND=rule.kind,
+        EPS=rule.eps,
+        UPSTREAM=0.0 if backward else upstream,
+        MEAN=rule.mean,
+        BACKWARD=backward,
+        TOTALS=TOTALS,
+        ROWS=rows,
+        BLOCK=triton.next_power_of_2(width),
+        WIDE=TRITON_TYPES[wide_of(pred_MD, target)],
+        num_warps=warps,
+    )
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
