@@ -119,7 +119,8 @@ def test_autocast_does_not_lower_the_loss() -> None:
         torch.testing.assert_close(inside, objective(pred, features), rtol=0, atol=0)
 
 
-def test_kernels_are_used_as_asked() -> None:
+def test_kernels_are_used_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pred, features = pair()
     mvp_kernels.reset_record()
     Objective(ObjectiveConfig())(pred, features)

@@ -108,7 +108,7 @@ def test_forward_is_the_slow_way(drop: bool) -> None:
     student = small().double()
     twin = timm_twin(small()).double()
     twin.load_state_dict({k: v for k, v in student.state_dict().items() if k in twin.state_dict()})
-    patches_BNP = student.patches(images(student, 3), torch.float64)
+    patches_BNP = student.patches(images(student, 3))
     mask_BN, index_BM = some_tokens(student, 3, 6)
     scale_LSB = torch.randint(0, 2, (3, 2, 3)).double() / 0.8 if drop else torch.ones(3, 2, 3, dtype=torch.float64)
     mvp_kernels.reset_record()

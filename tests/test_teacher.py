@@ -91,7 +91,7 @@ def teacher_of(path: Path, name: str = "tiny-16", **options: Any) -> Teacher:
 @torch.no_grad()
 def check_parity(clip: torch.nn.Module, teacher: Teacher, pixels: Tensor) -> None:
     x = open_clip_input(clip, pixels)
-    features = teacher(pixels, all_tokens(teacher, len(pixels)))
+    features = teacher(teacher.patches(pixels), all_tokens(teacher, len(pixels)))
     torch.testing.assert_close(features[:, 0], clip.encode_image(x), rtol=0, atol=1e-5)
     # The patch tokens two ways: of forward_intermediates, and of the output_tokens switch.
     last = clip.visual.forward_intermediates(x, indices=1, normalize_intermediates=True, output_fmt="NLC")
@@ -124,9 +124,9 @@ def test_only_the_asked_tokens_in_their_order(tmp_path: Path) -> None:
     pixels = crops()
     index = torch.stack([torch.randperm(17)[:6] for _ in range(3)])
     mvp_kernels.reset_record()
-    some = teacher(pixels, index)
+    some = teacher(teacher.patches(pixels), index)
     assert mvp_kernels.record() == {"masked_gather": "reference", "patchify": "reference"}
-    every = teacher(pixels, all_tokens(teacher, 3))
+    every = teacher(teacher.patches(pixels), all_tokens(teacher, 3))
     torch.testing.assert_close(some, torch.stack([every[b, index[b]] for b in range(3)]))
 
 
@@ -139,8 +139,8 @@ def test_another_grid_resizes_pixels_and_positions(tmp_path: Path) -> None:
     torch.testing.assert_close(teacher.visual.positional_embedding, clip.visual.positional_embedding, rtol=0, atol=0)
     check_parity(clip, teacher, crops(2, 56))  # at its own size nothing is resized
     pixels = crops(2, PIXELS)
-    index = all_tokens(teacher, 2)
-    torch.testing.assert_close(teacher(pixels, index), teacher(resize(pixels, (56, 56)), index), rtol=0, atol=0)
+    resized = teacher.patches(resize(pixels, (56, 56)))
+    torch.testing.assert_close(teacher.patches(pixels), resized, rtol=0, atol=0)
 
 
 def bicubic_weights(size: int, out: int) -> np.ndarray:
@@ -177,15 +177,15 @@ def test_frozen(tmp_path: Path) -> None:
     teacher.train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert not teacher(crops(), all_tokens(teacher, 3)).requires_grad
+    assert not teacher(teacher.patches(crops()), all_tokens(teacher, 3)).requires_grad
 
 
 def test_autocast_decides_the_precision(tmp_path: Path) -> None:
     teacher = teacher_of(save(randomized_clip("tiny-16"), tmp_path / "w.pt"))
     pixels, index = crops(), all_tokens(teacher, 3)
-    full = teacher(pixels, index)
+    full = teacher(teacher.patches(pixels), index)
     with torch.autocast("cpu", torch.bfloat16):
-        half = teacher(pixels, index)
+        half = teacher(teacher.patches(pixels), index)
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     cosine = torch.nn.functional.cosine_similarity(full, half.float(), -1)
     assert cosine.min() > 0.99
@@ -206,7 +206,7 @@ def test_random_weights_are_decided_by_the_seed() -> None:
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     pixels, index = crops(), all_tokens(first, 3)
-    assert not torch.allclose(first(pixels, index), other(pixels, index))
+    assert not torch.allclose(first(first.patches(pixels), index), other(other.patches(pixels), index))
 
 
 def test_fingerprint(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_poisoned_loss_skips_the_update(parts: int) -> None:
     clean = own.visual.proj.clone()
     own.visual.proj[0, 0] = torch.inf
     batch = make_batch(1)
-    target_BKD = own(batch.images_BHWC, step.objective.token_index(batch.masked_BM, 16))
+    target_BKD = own(own.patches(batch.images_BHWC), step.objective.token_index(batch.masked_BM, 16))
     predicted_BKD = torch.zeros_like(target_BKD, requires_grad=True)
     loss = step.objective(predicted_BKD, target_BKD)
     (gradient,) = torch.autograd.grad(loss, predicted_BKD)
@@ -404,7 +404,7 @@ class Reads(TorchDispatchMode):
 def test_backward_reads_nothing(teacher: Teacher) -> None:
     step, batch = make_step(teacher), make_batch()
     with Reads() as forward:
-        loss = step._loss(batch.images_BHWC, batch.masked_BM, step._drop_scale(batch.rows))
+        loss = step._loss(batch.images_BHWC, batch.masked_BM, step._drop_scale(batch.rows), 1.0)
     assert forward.reads == 4  # the range check of two gathers, which is made on the CPU alone
     with Reads() as backward:
         loss.backward()
@@ -418,12 +418,15 @@ class Remembering:
     """A frozen teacher shown one batch again and again: it is asked once."""
 
     def __init__(self, teacher: Teacher) -> None:
-        self.teacher, self.width, self.known = teacher, teacher.width, None
+        self.teacher, self.known = teacher, None
 
-    def __call__(self, images_BHWC: Tensor, index_BK: Tensor) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def __call__(self, patches_BNP: Tensor, index_BK: Tensor) -> Tensor:
         if self.known is None:
-            self.known = images_BHWC, index_BK, self.teacher(images_BHWC, index_BK)
-        assert torch.equal(self.known[0], images_BHWC)
+            self.known = patches_BNP, index_BK, self.teacher(patches_BNP, index_BK)
+        assert torch.equal(self.known[0], patches_BNP)
         assert torch.equal(self.known[1], index_BK)
         return self.known[2]
 
@@ -438,7 +441,7 @@ def test_a_student_learns_64_images(teacher: Teacher, scenes: Path) -> None:
     def distance(target_XD: Tensor, guess_XD: Tensor) -> float:
         return (1 - F.cosine_similarity(target_XD, guess_XD.expand_as(target_XD), dim=-1)).mean().item()
 
-    all_BND = F.normalize(teacher(batch.images_BHWC, torch.arange(17).expand(64, -1)), dim=-1)
+    all_BND = F.normalize(teacher(teacher.patches(batch.images_BHWC), torch.arange(17).expand(64, -1)), dim=-1)
     index_BK = Objective(ObjectiveConfig()).token_index(batch.masked_BM, 16)
     target_BKD = all_BND.gather(1, index_BK[..., None].expand(-1, -1, all_BND.shape[2]))
     constant = distance(target_BKD, target_BKD.mean((0, 1)))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import StudentConfig
 from mvp_fast.errors import ConfigError
+from mvp_fast.models.patches import input_dtype
 from mvp_kernels import dispatch
 
 INIT_STD = 0.02
@@ -93,9 +94,13 @@ class Student(nn.Module):
         """Names of parameters with two dimensions or more that weight decay must leave alone."""
         return {"cls_token", "mask_token", "rel_pos_bias.relative_position_bias_table"}
 
-    def patches(self, images_BHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 images to patches_BNP, normalised by this model's `mean` and `std`."""
-        return dispatch.patchify(images_BHWC, self.patch_size, self.mean, self.std, dtype, impl=self.impl)
+    def normalization(self) -> dispatch.Normalization:
+        """How this model wants its pixels, in the type that it computes in."""
+        return dispatch.Normalization(self.mean, self.std, input_dtype(self.patch_embed.proj.weight))
+
+    def patches(self, images_BHWC: Tensor) -> Tensor:
+        """uint8 images to patches_BNP, normalised as `normalization` says."""
+        return dispatch.patchify(images_BHWC, self.patch_size, [self.normalization()], impl=self.impl)[0]
 
     def forward(
         self, patches_BNP: Tensor, mask_BN: Tensor, index_BM: Tensor, drop_scale_LSB: Tensor | None = None

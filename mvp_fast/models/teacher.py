@@ -3,7 +3,7 @@
 A feature is `ln_post(token) @ proj`, of the CLS token (CLIP's own image feature) and, by the same layers, of the patch
 tokens. CLIP is arXiv 2103.00020.
 
-Shape legend: B images, H and W pixels, C colours, N patches, M tokens in the loss, D channels.
+Shape legend: B images, H and W pixels, C colours, N patches, P pixel values a patch, M tokens in the loss, D channels.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.models.clip_weights import find_source, load_tower
+from mvp_fast.models.patches import input_dtype
 from mvp_kernels import dispatch
 
 
 class Teacher(nn.Module):
-    """A frozen vision tower: `teacher(images_BHWC, index_BM) -> features_BMD`, without a gradient.
+    """A frozen vision tower: `teacher(teacher.patches(images_BHWC), index_BM) -> features_BMD`, without a gradient.
 
-    It takes the crops as the student's loader yields them, normalises them in CLIP's own way and, where its patches are
-    smaller or larger than the student's, resizes them so that its grid is the student's.
+    `patches` takes the crops as the student's loader yields them, normalises them in CLIP's own way and, where the
+    tower's patches are smaller or larger than the student's, resizes them so that its grid is the student's.
 
     Args:
         visual: open_clip's VisionTransformer, with weights.
@@ -68,22 +69,27 @@ class Teacher(nn.Module):
         """Stays in evaluation mode whatever is asked."""
         return super().train(False)
 
+    def normalization(self) -> dispatch.Normalization:
+        """How the tower wants its pixels, in the type that it computes in."""
+        return dispatch.Normalization(self.mean, self.std, input_dtype(self.visual.conv1.weight))
+
+    def patches(self, images_BHWC: Tensor) -> Tensor:
+        """uint8 crops of any size to patches_BNP of `input_size`, normalised as `normalization` says."""
+        images_BHWC = resize(images_BHWC, self.input_size)
+        return dispatch.patchify(images_BHWC, self.patch_size, [self.normalization()], impl=self.impl)[0]
+
     @torch.no_grad()
-    def forward(self, images_BHWC: Tensor, index_BM: Tensor) -> Tensor:
+    def forward(self, patches_BNP: Tensor, index_BM: Tensor) -> Tensor:
         """Features of the tokens in the loss; ln_post and proj run on those tokens alone, to the same result.
 
         Args:
-            images_BHWC: uint8 crops.
+            patches_BNP: normalised patches, see `patches`.
             index_BM: int64 tokens: 0 is CLS, 1 + n is patch n of the grid, row-major.
 
         Returns:
             features_BMD, D = width, not normalised; in autocast's type where it is on.
         """
         visual = self.visual
-        images_BHWC = resize(images_BHWC, self.input_size)
-        patches_BNP = dispatch.patchify(
-            images_BHWC, self.patch_size, self.mean, self.std, self._dtype(), impl=self.impl
-        )
         x_BND = F.linear(patches_BNP, visual.conv1.weight.flatten(1))
         cls_B1D = visual.class_embedding.to(x_BND.dtype).expand(x_BND.shape[0], 1, -1)
         x_BND = torch.cat((cls_B1D, x_BND), dim=1) + visual.positional_embedding.to(x_BND.dtype)
@@ -91,14 +97,6 @@ class Teacher(nn.Module):
         x_BMD = dispatch.masked_gather(x_BND, index_BM, impl=self.impl)
         features_BMD: Tensor = visual.ln_post(x_BMD) @ visual.proj
         return features_BMD
-
-    def _dtype(self) -> torch.dtype:
-        """The type that the patch embedding computes in: patches in it need no cast."""
-        weight = self.visual.conv1.weight
-        if weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type):
-            return torch.get_autocast_dtype(weight.device.type)
-        dtype: torch.dtype = weight.dtype
-        return dtype
 
 
 def resize(images_BHWC: Tensor, size: tuple[int, int]) -> Tensor:

@@ -45,31 +45,30 @@ class Objective:
         index_BK = masked_BM + 1
         return F.pad(index_BK, (1, 0)) if self.config.cls else index_BK
 
-    def __call__(self, pred_BKD: Tensor, features_BKD: Tensor) -> Tensor:
+    def __call__(self, pred_BKD: Tensor, features_BKD: Tensor, upstream: float = 1.0) -> Tensor:
         """Score predictions against the teacher's features of the same tokens; float32 arithmetic, also under autocast.
 
         Args:
             pred_BKD: the student's predictions.
             features_BKD: the teacher's features, without normalisation.
+            upstream: the gradient that backward() will bring for the result, such as 1 / micro-batches; see
+                `mvp_kernels.guided_loss`.
 
         Returns:
             The mean over all tokens in the loss: float32 (float64 for float64 input), ().
         """
         if pred_BKD.shape != features_BKD.shape:
             raise ValueError(f"predictions {tuple(pred_BKD.shape)} and features {tuple(features_BKD.shape)} differ")
-        if self.config.loss == "cosine":
-            loss_BK = dispatch.guided_loss(
-                pred_BKD, features_BKD, None, self.config.target_norm, reduction="none", impl=self.impl
-            )
-        else:
-            loss_BK = self._smooth_l1(pred_BKD, features_BKD)
-        return loss_BK.mean()
+        if self.config.loss == "smooth_l1":
+            return self._smooth_l1(pred_BKD, features_BKD)
+        return dispatch.guided_loss(
+            pred_BKD, features_BKD, None, self.config.target_norm, upstream=upstream, impl=self.impl
+        )
 
     def _smooth_l1(self, pred_BKD: Tensor, features_BKD: Tensor) -> Tensor:
         # Widened before the normalisation, which returns its input's type.
         target_BKD = dispatch.token_norm(_wide(features_BKD), self.config.target_norm, impl=self.impl)
-        loss_BKD = F.smooth_l1_loss(_wide(pred_BKD), target_BKD, reduction="none", beta=SMOOTH_L1_BETA)
-        return loss_BKD.mean(-1)
+        return F.smooth_l1_loss(_wide(pred_BKD), target_BKD, beta=SMOOTH_L1_BETA)
 
 
 def _wide(x: Tensor) -> Tensor:

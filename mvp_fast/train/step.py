@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import Config
 from mvp_fast.loaders.base import Batch
+from mvp_fast.models.patches import patches_of_both
 from mvp_fast.models.student import Student
 from mvp_fast.models.teacher import Teacher
 from mvp_fast.objective.guided import Objective
@@ -79,6 +80,7 @@ class TrainStep:
                     batch.images_BHWC[these],
                     batch.masked_BM[these],
                     None if drop_scale_LSB is None else drop_scale_LSB[:, :, these],
+                    1.0 / parts,
                 )
                 # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
                 # gradient tells every rank after its all-reduce, and all of them skip the same update.
@@ -91,17 +93,16 @@ class TrainStep:
         apply_update(self.optimizer, finite)
         return StepResult(loss, grad_norm, finite)
 
-    def _loss(self, images_BHWC: Tensor, masked_BM: Tensor, drop_scale_LSB: Tensor | None) -> Tensor:
-        student = self.student
-        patches_BNP = student.patches(images_BHWC)
-        images, patches = patches_BNP.shape[:2]
+    def _loss(self, images_BHWC: Tensor, masked_BM: Tensor, drop_scale_LSB: Tensor | None, upstream: float) -> Tensor:
+        images, patches = images_BHWC.shape[0], self.student.grid[0] * self.student.grid[1]
         mask_BN = torch.zeros(images, patches, dtype=torch.bool, device=self.device)
         mask_BN.scatter_(1, masked_BM, True)
         index_BM = self.objective.token_index(masked_BM, patches)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            target_BMD = self.teacher(images_BHWC, index_BM)
-            predicted_BMD = self.forward(patches_BNP, mask_BN, index_BM, drop_scale_LSB)
-        return self.objective(predicted_BMD, target_BMD)
+            student_BNP, teacher_BNP = patches_of_both(images_BHWC, self.student, self.teacher)
+            target_BMD = self.teacher(teacher_BNP, index_BM)
+            predicted_BMD = self.forward(student_BNP, mask_BN, index_BM, drop_scale_LSB)
+        return self.objective(predicted_BMD, target_BMD, upstream)
 
     def _clip(self) -> Tensor:
         limit = self.config.optim.clip_grad

@@ -15,22 +15,23 @@ from torch import Tensor
 
 from mvp_kernels.operator import Operator, traced
 from mvp_kernels.operators.in_forward import ScoreInForward
-from mvp_kernels.operators.score import Rule, Scores, empty_losses, score, score_again
+from mvp_kernels.operators.score import Gradients, Rule, empty_losses, score, score_again
 
 
 def _rule(mean: bool, eps: float) -> Rule:
     return Rule("cosine_loss", "none", mean, eps)
 
 
-def _forward(pred: Tensor, target: Tensor, weight: Tensor | None, mean: bool, eps: float) -> tuple[Tensor | None, ...]:
-    return score(_rule(mean, eps), pred, target, None, weight)[:2]
+def _forward(pred: Tensor, target: Tensor, weight: Tensor | None, mean: bool, eps: float) -> tuple[Tensor, Tensor]:
+    loss, gradients = score(_rule(mean, eps), pred, target, None, weight)
+    return loss, gradients.total_G
 
 
 def _gradient(
     upstream: Tensor, pred: Tensor, target: Tensor, weight: Tensor | None, total: Tensor, mean: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     grads = _fake_gradient(upstream, pred, target)
-    score_again(_rule(mean, eps), upstream, pred, target, None, weight, Scores(None, total, *grads))
+    score_again(_rule(mean, eps), upstream, pred, target, None, weight, Gradients(total, *grads))
     return grads
 
 

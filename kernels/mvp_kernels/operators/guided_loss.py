@@ -20,7 +20,7 @@ from mvp_kernels.operator import Operator, traced
 from mvp_kernels.operators.cosine_loss import cosine_loss
 from mvp_kernels.operators.in_forward import ScoreInForward
 from mvp_kernels.operators.masked_gather import masked_gather
-from mvp_kernels.operators.score import Rule, Scores, empty_losses, score, score_again
+from mvp_kernels.operators.score import Gradients, Rule, empty_losses, score, score_again
 from mvp_kernels.operators.token_norm import token_norm
 
 
@@ -30,8 +30,9 @@ def _rule(kind: str, mean: bool, eps: float) -> Rule:
 
 def _forward(
     pred: Tensor, target: Tensor, index: Tensor | None, kind: str, mean: bool, eps: float
-) -> tuple[Tensor | None, ...]:
-    return score(_rule(kind, mean, eps), pred, target, index, None)[:2]
+) -> tuple[Tensor, Tensor]:
+    loss, gradients = score(_rule(kind, mean, eps), pred, target, index, None)
+    return loss, gradients.total_G
 
 
 def _gradient(
@@ -45,7 +46,7 @@ def _gradient(
     eps: float,
 ) -> Tensor:
     grad = _fake_gradient(upstream, pred)
-    score_again(_rule(kind, mean, eps), upstream, pred, target, index, None, Scores(None, total, grad))
+    score_again(_rule(kind, mean, eps), upstream, pred, target, index, None, Gradients(total, grad))
     return grad
 
 

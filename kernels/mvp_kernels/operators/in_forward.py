@@ -1,10 +1,10 @@
 """The losses in eager mode: the gradient is written in the forward pass, and looked at again in the backward pass.
 
-The forward pass writes it for the upstream gradient that the caller expects, and what it was written for beside it, a
-number a token (`held`). The backward pass launches the kernel once more; where the upstream gradient that came is the
-one that is held, which the device alone decides, its programs end at once. Where it differs the gradient is computed
-again from predictions and targets and written over, so that any upstream gradient is right and rounded once, and the
-graph may be gone through any number of times.
+The forward pass writes it for the upstream gradient that the caller expects. The backward pass launches the kernel once
+more: where the upstream gradient that came is that one, which the device alone decides, its programs end at once; where
+it differs the gradient is computed again from predictions and targets and written over. So any upstream gradient is
+right and rounded once. A graph that is gone through again computes into new memory, for the first gradient is given
+away.
 
 A compiler can't be told of a gradient that may be written over; for it, the losses are the pure operators of
 `cosine_loss.py` and `guided_loss.py`, whose backward pass computes the gradient.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvp_kernels.operators.score import Rule, score, score_again
+from mvp_kernels.operators.score import Gradients, Rule, score, score_again
 
 
 class ScoreInForward(torch.autograd.Function):
@@ -35,14 +35,23 @@ class ScoreInForward(torch.autograd.Function):
         want_pred: bool,
         want_target: bool,
     ) -> Tensor:
-        scores = score(rule, pred_MD, target, index_BM, weight_M, upstream, want_pred, want_target)
+        loss, gradients = score(rule, pred_MD, target, index_BM, weight_M, upstream, want_pred, want_target)
         if want_pred or want_target:
-            ctx.rule, ctx.scores = rule, scores._replace(loss=None)
+            ctx.rule, ctx.gradients, ctx.prepared_for = rule, gradients, upstream
             ctx.save_for_backward(pred_MD, target, index_BM, weight_M)
-        return scores.loss
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        score_again(ctx.rule, upstream, *ctx.saved_tensors, ctx.scores)
-        return None, ctx.scores.grad_pred, ctx.scores.grad_target, *(None,) * 5
+        pred_MD, target, index_BM, weight_M = ctx.saved_tensors
+        gradients, prepared_for = ctx.gradients, ctx.prepared_for
+        # What is returned belongs to the caller: kept here, a second pass would write over it.
+        ctx.gradients, ctx.prepared_for = Gradients(gradients.total_G), None
+        if prepared_for is None:
+            gradients = gradients._replace(
+                pred=pred_MD.new_empty(pred_MD.shape) if ctx.needs_input_grad[1] else None,
+                target=target.new_empty(target.shape) if ctx.needs_input_grad[2] else None,
+            )
+        score_again(ctx.rule, upstream, pred_MD, target, index_BM, weight_M, gradients, prepared_for)
+        return None, gradients.pred, gradients.target, *(None,) * 5

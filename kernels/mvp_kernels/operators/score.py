@@ -10,8 +10,8 @@ n(t), layernorm subtracts the mean and divides by sqrt(var + eps). Neither needs
 cosine does not see a factor, which only decides where eps takes hold.
 
 One kernel does it all. A forward pass reads p and t once and can write the gradient for a known upstream gradient in
-the same pass, with that upstream gradient beside it, a number a token (`held`). A backward pass writes the gradient for
-the upstream gradient that came; given `held`, it passes over the tokens for which that has been done.
+the same pass. A backward pass writes the gradient for the upstream gradient that came; told which one has been
+prepared for, it passes over the tokens for which the two are the same.
 
 Sums are deterministic: one partial sum a program, added up by one program in a fixed order.
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,7 +86,6 @@ def score_kernel(
     loss_ptr,
     grad_pred_ptr,
     grad_target_ptr,
-    held_ptr,
     tokens,
     tokens_an_image,
     target_tokens,
@@ -105,14 +103,17 @@ def score_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Forward: loss (a sum a program where MEAN, else a number a token), gradients, held. Backward: gradients, held."""
+    """Forward: loss (a sum a program where MEAN, else a number a token) and gradients. Backward: gradients.
+
+    UPSTREAM is the upstream gradient to prepare for; in a backward pass the one that was prepared for, or None.
+    """
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column_D = tl.arange(0, BLOCK)
     wanted_R = row_R < tokens
     if BACKWARD:
         upstream_R = tl.load(upstream_ptr + row_R * (0 if MEAN else 1), mask=wanted_R, other=0.0).to(WIDE)
-        if held_ptr is not None:
-            wanted_R = wanted_R & (upstream_R != tl.load(held_ptr + row_R, mask=wanted_R, other=0.0))
+        if UPSTREAM is not None:
+            wanted_R = wanted_R & (upstream_R != tl.full([ROWS], UPSTREAM, WIDE))
             if tl.max(wanted_R.to(tl.int32), axis=0) == 0:
                 return
     else:
@@ -158,8 +159,6 @@ def score_kernel(
             tl.store(loss_ptr + tl.program_id(0), tl.sum(loss_R, axis=0))
         else:
             tl.store(loss_ptr + row_R, loss_R, mask=wanted_R)
-    if held_ptr is not None:
-        tl.store(held_ptr + row_R, upstream_R, mask=wanted_R)
     factor_R = upstream_R * weight_R
     if MEAN:
         factor_R = factor_R / weight_sum(total_ptr, tokens, TOTALS, WIDE)
@@ -193,21 +192,17 @@ class Rule(NamedTuple):
     eps: float
 
 
-class Scores(NamedTuple):
-    """What a pass leaves; None is what was not asked for.
+class Gradients(NamedTuple):
+    """What a pass writes beside the loss; None is what was not asked for.
 
     Attributes:
-        loss: () where the mean was asked for, else (M,); float32, or float64 where an input is.
         total_G: partial sums of the weights; empty where all weigh 1 or no mean is taken.
-        grad_pred, grad_target: (M, D), each of its tensor's type.
-        held_M: upstream gradient of each token's loss for which the gradients were computed.
+        pred, target: (M, D), each of its tensor's type.
     """
 
-    loss: Tensor | None
     total_G: Tensor
-    grad_pred: Tensor | None = None
-    grad_target: Tensor | None = None
-    held_M: Tensor | None = None
+    pred: Tensor | None = None
+    target: Tensor | None = None
 
 
 def score(
@@ -219,29 +214,34 @@ def score(
     upstream: float = 1.0,
     want_pred: bool = False,
     want_target: bool = False,
-) -> Scores:
-    """Losses and, where wanted, gradients for an upstream gradient. The target is (B, N, D), or (M, D) unindexed."""
+) -> tuple[Tensor, Gradients]:
+    """Losses and, where wanted, gradients for an upstream gradient.
+
+    Args:
+        target: (B, N, D), or (M, D) where there is no index.
+
+    Returns:
+        The loss, () where the mean is asked for, else (M,): float32, or float64 where an input is. And the gradients.
+    """
     loss, total_G = empty_losses(rule, pred_MD, target, index_BM, weight_M)
     tokens, wide = pred_MD.shape[0], loss.dtype
-    scores = Scores(
-        loss,
+    gradients = Gradients(
         total_G,
-        torch.empty_like(pred_MD, memory_format=torch.contiguous_format) if want_pred else None,
-        torch.empty_like(target, memory_format=torch.contiguous_format) if want_target else None,
-        pred_MD.new_empty(tokens, dtype=wide) if want_pred or want_target else None,
+        pred_MD.new_empty(pred_MD.shape) if want_pred else None,
+        target.new_empty(target.shape) if want_target else None,
     )
     if tokens == 0:
         loss.zero_()
         total_G.zero_()
-        return scores
+        return loss, gradients
     if total_G.numel():
         _sum_weights(total_G, index_BM, weight_M, tokens)
     if not rule.mean:
-        _launch(rule, pred_MD, target, index_BM, weight_M, scores, upstream)
-        return scores
+        _launch(rule, pred_MD, target, index_BM, weight_M, gradients, loss, None, upstream)
+        return loss, gradients
     programs = triton.cdiv(tokens, launch_of(rule.op, pred_MD.shape[1], pred_MD.dtype, pred_MD.device).rows)
     partial = loss.new_empty(programs)
-    _launch(rule, pred_MD, target, index_BM, weight_M, scores._replace(loss=partial), upstream)
+    _launch(rule, pred_MD, target, index_BM, weight_M, gradients, partial, None, upstream)
     block = min(SUM_BLOCK, triton.next_power_of_2(programs))
     mean_kernel[(1,)](
         partial,
@@ -255,7 +255,7 @@ def score(
         WIDE=TRITON_TYPES[wide],
         num_warps=8,
     )
-    return scores
+    return loss, gradients
 
 
 def score_again(
@@ -265,17 +265,18 @@ def score_again(
     target: Tensor,
     index_BM: Tensor | None,
     weight_M: Tensor | None,
-    scores: Scores,
+    gradients: Gradients,
+    prepared_for: float | None = None,
 ) -> None:
-    """Write the gradients in `scores` for an upstream gradient, () or (M,), where `held_M` is of another one."""
+    """Write `gradients` for an upstream gradient, () or (M,), save where it is the one they were prepared for."""
     if pred_MD.shape[0]:
-        _launch(rule, pred_MD, target, index_BM, weight_M, scores, upstream.contiguous())
+        _launch(rule, pred_MD, target, index_BM, weight_M, gradients, None, upstream.contiguous(), prepared_for)
 
 
 def empty_losses(
     rule: Rule, pred_MD: Tensor, target: Tensor, index_BM: Tensor | None, weight_M: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`loss` and `total_G` of Scores, values undefined."""
+    """`loss` and `total_G`, values undefined."""
     wide = wide_of(pred_MD, target)
     weighed = rule.mean and (index_BM is not None or weight_M is not None)
     loss = pred_MD.new_empty(() if rule.mean else (pred_MD.shape[0],), dtype=wide)
@@ -301,10 +302,12 @@ def _launch(
     target: Tensor,
     index_BM: Tensor | None,
     weight_M: Tensor | None,
-    scores: Scores,
-    upstream: Tensor | float,
+    gradients: Gradients,
+    loss: Tensor | None,
+    upstream: Tensor | None,
+    prepared_for: float | None,
 ) -> None:
-    backward = isinstance(upstream, Tensor)
+    """A pass of `score_kernel`: backward where there is an upstream gradient."""
     pred_MD, (tokens, width) = as_rows(pred_MD), pred_MD.shape
     if index_BM is None:
         target = as_rows(target)
@@ -318,12 +321,11 @@ def _launch(
         target,
         _contiguous(index_BM),
         _contiguous(weight_M),
-        _or_none(scores.total_G),
-        upstream if backward else None,
-        None if backward else scores.loss,
-        scores.grad_pred,
-        scores.grad_target,
-        scores.held_M,
+        _or_none(gradients.total_G),
+        upstream,
+        loss,
+        gradients.pred,
+        gradients.target,
         tokens,
         1 if index_BM is None else index_BM.shape[1],
         target_tokens,
@@ -333,9 +335,9 @@ def _launch(
         stride_n,
         KIND=rule.kind,
         EPS=rule.eps,
-        UPSTREAM=0.0 if backward else upstream,
+        UPSTREAM=prepared_for,
         MEAN=rule.mean,
-        BACKWARD=backward,
+        BACKWARD=upstream is not None,
         TOTALS=TOTALS,
         ROWS=rows,
         BLOCK=triton.next_power_of_2(width),
