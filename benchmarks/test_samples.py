@@ -5,7 +5,6 @@ Peers: torchvision's RandomResizedCrop.get_params, one call an image, as every d
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from compare import in_words, ratio_of_medians
+from harness import Session, Variant, compare
 from torchvision.transforms import v2
 
 from mvp_fast.config.schema import DataConfig, MaskConfig
@@ -23,71 +22,75 @@ from mvp_fast.samples.index_build import build_index, write_table
 from mvp_fast.samples.masks import block_masks
 from mvp_fast.samples.plan import SamplePlan
 
-BATCH = 2048
+BATCH, ROUNDS, FILE_ROUNDS = 2048, 20, 5
 
 
-def rounds(quick: bool) -> int:
-    return 1 if quick else 20
-
-
-def record(benchmark: Any, items: int, what: str, extra: str = "") -> None:
-    seconds = float(np.median(benchmark.stats.stats.data))
-    benchmark.extra_info.update(
-        summary=f"{items / seconds:,.0f} {what} a second, {1e3 * seconds:.2f} ms{extra}", items=items
-    )
-
-
-def test_plan_step(benchmark: Any, quick: bool) -> None:
+def test_plan_step(benchmark: Any, session: Session) -> None:
     """Samples, boxes, flips and masks of a batch of 2048."""
     plan = SamplePlan(Index.synthetic(), seed=0, batch_size=BATCH, data=DataConfig(), mask=MaskConfig())
-    rows = plan.step(3)
-    assert len(rows) == BATCH
-    assert (rows.mask_BN.sum(1) == MaskConfig().patches).all()
-    benchmark.pedantic(plan.step, args=(3,), rounds=rounds(quick), iterations=1, warmup_rounds=1)
-    record(benchmark, BATCH, "rows of the plan")
+
+    def check() -> None:
+        rows = plan.step(3)
+        assert len(rows) == BATCH
+        assert (rows.mask_BN.sum(1) == MaskConfig().patches).all()
+
+    ours = Variant(lambda: [plan.step(step) for step in range(4)])
+    compare(benchmark, session, ours=ours, check=check, items=4 * BATCH, unit="rows of the plan", rounds=ROUNDS)
 
 
-def test_masks(benchmark: Any, quick: bool) -> None:
+def test_masks(benchmark: Any, session: Session) -> None:
     """Block-wise masks alone."""
     epoch_B, position_B = np.zeros(BATCH, np.int64), np.arange(BATCH)
 
     def draw() -> Any:
         return block_masks(0, epoch_B, position_B, (14, 14), MaskConfig())
 
-    assert (draw().sum(1) == MaskConfig().patches).all()
-    benchmark.pedantic(draw, rounds=rounds(quick), iterations=1, warmup_rounds=1)
-    record(benchmark, BATCH, "masks")
+    def check() -> None:
+        assert (draw().sum(1) == MaskConfig().patches).all()
+
+    ours = Variant(lambda: [draw() for _ in range(8)])
+    compare(benchmark, session, ours=ours, check=check, items=8 * BATCH, unit="masks", rounds=ROUNDS)
 
 
-def test_crop_boxes(benchmark: Any, quick: bool) -> None:
+def test_crop_boxes(benchmark: Any, session: Session) -> None:
     """Boxes of a batch against torchvision's, taken in turn."""
     data, position_B = DataConfig(), np.arange(BATCH)
     sizes_B = (np.full(BATCH, 500), np.full(BATCH, 375))
     image_CHW = torch.empty(3, 375, 500, dtype=torch.uint8)
-    peer_seconds: list[float] = []
 
     def ours() -> Any:
         return crop_boxes(0, np.zeros(BATCH, np.int64), position_B, *sizes_B, data.crop_scale, data.crop_ratio)
 
-    def peer_round() -> None:
-        transform = v2.RandomResizedCrop(data.image_size, data.crop_scale, data.crop_ratio)
-        start = time.perf_counter()
-        for _ in range(BATCH):
-            transform.make_params([image_CHW])
-        peer_seconds.append(time.perf_counter() - start)
+    transform = v2.RandomResizedCrop(data.image_size, data.crop_scale, data.crop_ratio)
 
-    x_B, y_B, width_B, height_B = ours()
-    assert ((x_B >= 0) & (x_B + width_B <= 500) & (y_B >= 0) & (y_B + height_B <= 375)).all()
-    benchmark.pedantic(ours, setup=peer_round, rounds=rounds(quick), iterations=1)
-    times = ratio_of_medians(benchmark.stats.stats.data, peer_seconds)
-    record(benchmark, BATCH, "boxes", f"; torchvision: {in_words(times)}")
-    benchmark.extra_info.update(peer_seconds=peer_seconds, times_the_peer=times)
+    def torchvisions() -> list[tuple[int, ...]]:
+        drawn = (transform.make_params([image_CHW]) for _ in range(BATCH))
+        return [(box["left"], box["top"], box["width"], box["height"]) for box in drawn]
+
+    def check() -> None:
+        """Both draw boxes within the image, from the same distribution: the same mean area."""
+        areas = []
+        for x_B, y_B, width_B, height_B in (ours(), np.array(torchvisions()).T):
+            assert ((x_B >= 0) & (x_B + width_B <= 500) & (y_B >= 0) & (y_B + height_B <= 375)).all()
+            areas.append((width_B * height_B).mean() / (500 * 375))
+        assert abs(areas[0] - areas[1]) < 0.05, f"mean areas {areas}"
+
+    compare(
+        benchmark,
+        session,
+        ours=Variant(lambda: [ours() for _ in range(8)]),
+        peers={"torchvision": Variant(lambda: [torchvisions() for _ in range(8)])},
+        check=check,
+        items=8 * BATCH,
+        unit="boxes",
+        rounds=ROUNDS,
+    )
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["headers", "verify"])
-def test_index_files(benchmark: Any, imagenet_scenes: Path, tmp_path: Path, quick: bool, verify: bool) -> None:
+def test_index_files(benchmark: Any, imagenet_scenes: Path, tmp_path: Path, session: Session, verify: bool) -> None:
     """Files a second, one process, from the page cache."""
-    for copy in range(1 if verify or quick else 16):  # enough files that the table's cost does not count
+    for copy in range(1 if verify or session.quick else 16):  # enough files that the table's cost does not count
         for folder in sorted(path for path in imagenet_scenes.iterdir() if path.is_dir() and path.name != "masks"):
             (tmp_path / "set" / folder.name).mkdir(parents=True, exist_ok=True)
             for file in folder.glob("*.jpg"):
@@ -97,15 +100,16 @@ def test_index_files(benchmark: Any, imagenet_scenes: Path, tmp_path: Path, quic
     def index() -> Any:
         return build_index(tmp_path / "set", tmp_path / "index.parquet", verify=verify, workers=1)
 
-    index()
-    assert len(Index.open(tmp_path / "index.parquet")) == files
-    benchmark.pedantic(index, rounds=1 if quick else 5, iterations=1)
-    record(benchmark, files, "files")
+    def check() -> None:
+        index()
+        assert len(Index.open(tmp_path / "index.parquet")) == files
+
+    compare(benchmark, session, ours=Variant(index), check=check, items=files, unit="files", rounds=FILE_ROUNDS)
 
 
-def test_index_open(benchmark: Any, tmp_path: Path, quick: bool) -> None:
+def test_index_open(benchmark: Any, tmp_path: Path, session: Session) -> None:
     """Opening an index of ImageNet's size."""
-    images = 10_000 if quick else 1_281_167
+    images = 10_000 if session.quick else 1_281_167
     names = pa.array([f"n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG" for i in range(images)], pa.large_string())
     long, short = np.ones(images, np.int64), np.ones(images, np.int32)
     numbers = {"offset": 0 * long, "length": long, "width": short, "height": short, "label": -short}
@@ -118,7 +122,11 @@ def test_index_open(benchmark: Any, tmp_path: Path, quick: bool) -> None:
         "tool": "test",
         "verified": False,
     }
-    write_table(table, about, tmp_path / "index.parquet")
-    assert len(Index.open(tmp_path / "index.parquet")) == images
-    benchmark.pedantic(Index.open, args=(tmp_path / "index.parquet",), rounds=1 if quick else 5, iterations=1)
-    record(benchmark, images, "rows")
+    file = tmp_path / "index.parquet"
+    write_table(table, about, file)
+
+    def check() -> None:
+        assert len(Index.open(file)) == images
+
+    ours = Variant(lambda: Index.open(file))
+    compare(benchmark, session, ours=ours, check=check, items=images, unit="rows", rounds=FILE_ROUNDS)
