@@ -28,7 +28,7 @@ TILE_BYTES = 2048  # to a warp; more would not stay in registers as float32
 COPY_BYTES = 4096  # to a warp that only copies
 COPIES = ("masked_gather", "masked_gather_backward")
 ALIGNED = 16  # a multiple of this many values is what Triton knows to start every row at a whole vector
-UNALIGNED_VALUES = 512  # to a warp, where each value has a load of its own, and an address in registers for it
+ONE_BY_ONE = 512  # values to a warp where each has a load of its own, and an address in registers for it
 MOST_ROWS, MOST_WARPS = 32, 16  # of the defaults: a row to a lane
 TRIED_ROWS, TRIED_VALUES = 128, 4096  # most rows a program and values a warp that are ever tried
 INTERPRETED_VALUES = 1 << 16  # the interpreter's cost is by the program, not by the value
@@ -81,8 +81,8 @@ def default_launch(op: str, width: int, itemsize: int) -> Launch:
     block = block_of(width)
     tile = (COPY_BYTES if op in COPIES else TILE_BYTES) // itemsize
     row = ROW_BYTES // max(itemsize, 4)
-    if width % ALIGNED:
-        tile, row = min(tile, UNALIGNED_VALUES), min(row, UNALIGNED_VALUES)
+    if width % ALIGNED or op == "patchify":  # whose colours lie three bytes apart
+        tile, row = min(tile, ONE_BY_ONE), min(row, ONE_BY_ONE)
     return Launch(max(1, min(tile // block, MOST_ROWS)), max(1, min(block // row, MOST_WARPS)))
 
 
@@ -203,8 +203,8 @@ def _read(path: Path) -> dict[Key, Launch]:
             (entry["op"], entry["width"], entry["itemsize"]): Launch(entry["rows"], entry["warps"])
             for entry in document["launches"]
         }
-        for (op, width, _), launch in launches.items():
-            if not sensible(launch, width):
+        for (op, width, itemsize), launch in launches.items():
+            if not (type(op) is str and type(width) is type(itemsize) is int and sensible(launch, width)):
                 raise ValueError(f"{op} of width {width} can't run with {launch.rows} rows and {launch.warps} warps")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is not a file of launch parameters ({error!r})") from error

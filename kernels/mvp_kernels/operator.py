@@ -6,10 +6,12 @@ call goes past the dispatcher, whose way to a Python function costs more than ma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("mvp_kernels", "DEF")
 
@@ -35,6 +37,7 @@ class Operator:
         setup: Callable[[Any, Any, Any], None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
+        forward = on_its_device(forward)
         self.name, self.forward = name, forward
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
@@ -48,6 +51,20 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args) if traced() else self.eager(*args)
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current GPU: makes that the one of the first tensor among the arguments."""
+
+    @functools.wraps(launch)
+    def guarded(*args: Any, **named: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args, **named)
+        with torch.cuda.device(device):
+            return launch(*args, **named)
+
+    return guarded
 
 
 def traced() -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvp_kernels.operator import on_its_device
 from mvp_kernels.operators.score import Gradients, Rule, score, score_again
 
 
@@ -24,6 +25,7 @@ class ScoreInForward(torch.autograd.Function):
     """(rule, pred_MD, target, index_BM, weight_M, upstream, want_pred, want_target) -> loss."""
 
     @staticmethod
+    @on_its_device
     def forward(
         ctx: Any,
         rule: Rule,

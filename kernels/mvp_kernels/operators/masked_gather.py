@@ -47,7 +47,8 @@ def gather_kernel(
     source_R = (row_R // taken) * x_stride_b + index_R * x_stride_n
     x_RD = tl.load(x_ptr + source_R[:, None] + column_D[None, :], mask=found_R[:, None] & inside_RD, other=0.0)
     wrong_R = (index_R < -1) | (index_R >= tokens)
-    x_RD = tl.where(wrong_R[:, None], float("nan"), x_RD).to(out_ptr.dtype.element_ty)
+    nan = tl.full([1, 1], float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
+    x_RD = tl.where(wrong_R[:, None], nan, x_RD)
     tl.store(out_ptr + row_R[:, None] * width + column_D[None, :], x_RD, mask=inside_RD)
 
 
