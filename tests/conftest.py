@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch  # no dearer than in pytest_collection_modifyitems below, which every run comes to
+
+# Triton takes this in when it is imported. Where there is no GPU its interpreter runs the kernels, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -37,8 +42,6 @@ TINY = {
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked gpu are left out, not skipped, where there is no GPU: a run's count tells what was run."""
-    import torch
-
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -8,7 +8,7 @@ Shape legend: B images, N tokens, M tokens taken, D channels of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -25,6 +25,7 @@ GPU = pytest.mark.gpu
 _CPU = [] if torch.cuda.is_available() else ["cpu"]
 DEVICES = pytest.mark.parametrize("device", [*_CPU, pytest.param("cuda", marks=GPU)])
 IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
+CPU_IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"] if _CPU else ["reference"])
 KINDS = ["l2", "layernorm", "none"]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPERATORS = (cosine_loss, guided_loss, masked_gather, patchify, token_norm)  # the modules; importing them adds the ops
@@ -42,29 +43,28 @@ class Shape(NamedTuple):
     width: int
 
 
-SHAPES = [
-    Shape(3, 9, 5, 1),
-    Shape(3, 9, 4, 7),
-    Shape(256, 3, 2, 7),
-    Shape(2, 197, 76, 64),
-    Shape(1, 197, 197, 384),
-    Shape(2, 33, 20, 512),
-    Shape(1, 50, 49, 768),
-    Shape(1, 20, 1, 1024),
-    Shape(2, 9, 6, 1280),
-    Shape(1, 8, 5, 4096),
-    Shape(0, 5, 3, 8),
-    Shape(3, 5, 0, 8),
-    Shape(1, 1, 1, 1),
-]
-# The interpreter needs milliseconds a program, and some kernels a program an image: many images in one type alone.
+_LARGE, _SMALL = [torch.float32], FLOATS  # the interpreter takes its time over many programs and many values
+SHAPES = {
+    Shape(3, 9, 5, 1): _SMALL,
+    Shape(3, 9, 4, 7): _SMALL,
+    Shape(256, 3, 2, 7): [torch.float16],
+    Shape(2, 197, 76, 64): _SMALL,
+    Shape(1, 197, 197, 384): [torch.bfloat16],
+    Shape(2, 33, 20, 512): _LARGE,
+    Shape(1, 50, 49, 768): _LARGE,
+    Shape(1, 20, 1, 1024): _LARGE,
+    Shape(2, 9, 6, 1280): _LARGE,
+    Shape(1, 8, 5, 4096): _SMALL,
+    Shape(0, 5, 3, 8): _LARGE,
+    Shape(3, 5, 0, 8): _SMALL,
+    Shape(1, 1, 1, 1): _LARGE,
+}
 CASES = pytest.mark.parametrize(
     ("shape", "dtype"),
     [
         pytest.param(shape, dtype, id=f"{'x'.join(map(str, shape))}-{str(dtype).removeprefix('torch.')}")
-        for shape in SHAPES
-        for dtype in FLOATS
-        if shape.images < 256 or dtype == torch.float16
+        for shape, dtypes in SHAPES.items()
+        for dtype in dtypes
     ],
 )
 
@@ -148,6 +148,19 @@ def assert_near(actual: Tensor, want: Tensor, size: Tensor | None = None) -> Non
         raise AssertionError(f"{int(wrong.sum())} of {want.numel()} are off; {worst}, allowed {allowed.flatten()[at]}")
 
 
+def assert_same(left: Sequence[Tensor], right: Sequence[Tensor], exact: bool = True) -> None:
+    """Bit for bit, and at least one of them.
+
+    Not `exact`: results of kernels that are compiled apart, for other strides or other arguments. They may add up in
+    another order, so that on a GPU they are only close.
+    """
+    assert left
+    for a, b in zip(left, right, strict=True):
+        bits = exact or a.device.type == "cpu"
+        tolerance = 0.0 if bits else 1e-2 if a.dtype.itemsize == 2 else 1e-3
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance of neighbours of `dtype` around the float64 numbers `x`."""
     info = torch.finfo(dtype)
@@ -167,3 +180,92 @@ def gradient_size(x_MD: Tensor, other_MD: Tensor, factor_M: Tensor) -> Tensor:
     other_M1 = other_MD.norm(dim=-1, keepdim=True).clamp_min(EPS)
     terms_M1 = (x_MD.abs() / length_M1 + other_MD.abs() / other_M1).amax(-1, keepdim=True)
     return terms_M1 * factor_M[..., None].abs() / length_M1
+
+
+class Call(NamedTuple):
+    """An operation with its inputs: `run(*inputs)`. Those inputs that require a gradient get one."""
+
+    op: str
+    run: Callable[..., Tensor | list[Tensor]]
+    inputs: tuple[Tensor, ...]
+
+    def outcome(self, run: Callable[..., Tensor | list[Tensor]] | None = None) -> list[Tensor]:
+        """Results and gradients, for upstream gradients that are the same in each call."""
+        results = (run or self.run)(*self.inputs)
+        results = [results] if isinstance(results, Tensor) else list(results)
+        leaves = [x for x in self.inputs if x.requires_grad]
+        if not leaves:
+            return results
+        counts = [torch.ones_like(r, dtype=torch.float32).flatten().cumsum(0).reshape(r.shape) for r in results]
+        upstream = [(3 * c / max(c.numel(), 2) - 1).to(r.dtype) for c, r in zip(counts, results, strict=True)]
+        return [r.detach() for r in results] + list(torch.autograd.grad(results, leaves, upstream))
+
+
+def make_call(name: str, device: str, dtype: torch.dtype = torch.float32, impl: str = "triton") -> Call:
+    """One of CALLS on fresh numbers; guided_loss and cosine_loss prepare for another upstream gradient than comes."""
+    k = mvp_kernels
+    index_BM = torch.tensor([[0, 3, -1, 6], [-1, -1, 2, 1], [6, 5, 4, 3]], device=device)
+    pred_BMD, other_BMD = (torch.randn(2, 3, 4, 13, device=device) + 0.5).to(dtype)
+    x_BND, weight_BM = torch.randn(3, 7, 13, device=device).to(dtype), torch.rand(3, 4, device=device)
+    images_BHWC = torch.randint(0, 256, (2, 8, 12, 3), dtype=torch.uint8, device=device)
+    normalizations = [
+        k.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), dtype),
+        k.Normalization((0.5,) * 3, (0.1,) * 3, dtype),
+    ]
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.clone().requires_grad_()
+
+    calls: dict[str, Call] = {
+        "masked_gather": Call(
+            "masked_gather", lambda x, index: k.masked_gather(x, index, impl=impl), (leaf(x_BND), index_BM)
+        ),
+        "token_norm l2": Call("token_norm", lambda x: k.token_norm(x, "l2", impl=impl), (leaf(x_BND),)),
+        "token_norm layernorm": Call("token_norm", lambda x: k.token_norm(x, "layernorm", impl=impl), (leaf(x_BND),)),
+        "cosine_loss mean": Call(
+            "cosine_loss", lambda p, t: k.cosine_loss(p, t, impl=impl), (leaf(pred_BMD), leaf(other_BMD))
+        ),
+        "cosine_loss weighted": Call(
+            "cosine_loss", lambda p, t, w: k.cosine_loss(p, t, w, impl=impl), (leaf(pred_BMD), other_BMD, weight_BM)
+        ),
+        "cosine_loss none": Call(
+            "cosine_loss",
+            lambda p, t, w: k.cosine_loss(p, t, w, "none", impl=impl),
+            (pred_BMD, leaf(other_BMD), weight_BM),
+        ),
+        "guided_loss mean": Call(
+            "guided_loss", lambda p, t, i: k.guided_loss(p, t, i, impl=impl), (leaf(pred_BMD), x_BND, index_BM)
+        ),
+        "guided_loss none": Call(
+            "guided_loss",
+            lambda p, t, i: k.guided_loss(p, t, i, "layernorm", "none", impl=impl),
+            (leaf(pred_BMD), x_BND, index_BM),
+        ),
+        "guided_loss unindexed": Call(
+            "guided_loss",
+            lambda p, t: k.guided_loss(p, t, kind="layernorm", impl=impl),
+            (leaf(pred_BMD), other_BMD),
+        ),
+        "guided_loss target": Call(
+            "guided_loss",
+            lambda p, t, i: k.guided_loss(p, t, i, "layernorm", impl=impl),
+            (leaf(pred_BMD), leaf(x_BND), index_BM),
+        ),
+        "patchify": Call("patchify", lambda images: k.patchify(images, 4, normalizations, impl=impl), (images_BHWC,)),
+    }
+    return calls[name]
+
+
+CALLS = [
+    "masked_gather",
+    "token_norm l2",
+    "token_norm layernorm",
+    "cosine_loss mean",
+    "cosine_loss weighted",
+    "cosine_loss none",
+    "guided_loss mean",
+    "guided_loss none",
+    "guided_loss unindexed",
+    "guided_loss target",
+    "patchify",
+]

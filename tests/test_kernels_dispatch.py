@@ -1,72 +1,140 @@
-"""Which implementation runs: by argument, by environment, never silently another one; also under torch.compile."""
+"""Which implementation runs: by argument, by environment, never silently another one; also under torch.compile.
+
+Where there is no GPU, Triton's interpreter is at hand (see conftest.py), so that a request for triton can be met on the
+CPU; `auto` leaves it alone.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import mvp_kernels
-from mvp_kernels import KernelUnavailable, dispatch, reference, registry
+from mvp_kernels import KernelUnavailable, Normalization, dispatch, reference, registry
+from tests.kernel_cases import GPU, surroundings
+
+__all__ = ["surroundings"]
 
 OPS = ["cosine_loss", "guided_loss", "masked_gather", "patchify", "token_norm"]
+ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled: not for the CPU")
+GREY = Normalization((0.5,) * 3, (0.5,) * 3)
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No request by the environment, an empty record, and the registry as it was afterwards."""
-    monkeypatch.delenv("MVP_KERNELS", raising=False)
-    monkeypatch.setattr(registry, "_registered", {op: dict(found) for op, found in registry._registered.items()})
-    mvp_kernels.reset_record()
-    yield
-    mvp_kernels.reset_record()
-
-
-def call(op: str, impl: str = "auto") -> Tensor:
-    x, index = torch.randn(2, 4, 8), torch.tensor([[0, -1], [3, 2]])
+def call(op: str, impl: str = "auto", device: str = "cpu") -> Any:
+    x, index = torch.randn(2, 4, 8, device=device), torch.tensor([[0, -1], [3, 2]], device=device)
+    images = torch.zeros(1, 4, 4, 3, dtype=torch.uint8, device=device)
     return {
         "masked_gather": lambda: dispatch.masked_gather(x, index, impl=impl),
         "token_norm": lambda: dispatch.token_norm(x, "layernorm", impl=impl),
         "cosine_loss": lambda: dispatch.cosine_loss(x, x + 1, impl=impl),
         "guided_loss": lambda: dispatch.guided_loss(x[:, :2], x, index, impl=impl),
-        "patchify": lambda: dispatch.patchify(
-            torch.zeros(1, 4, 4, 3, dtype=torch.uint8), 2, (0.5,) * 3, (0.5,) * 3, impl=impl
-        ),
+        "patchify": lambda: dispatch.patchify(images, 2, [GREY], impl=impl),
     }[op]()
 
 
-def fake_triton(calls: list[str], obstacle: str = "") -> None:
-    """Register an implementation of token_norm under Triton's name."""
+def fake_triton(calls: list[str], obstacle: str = "", automatic: bool = True, op: str = "token_norm") -> None:
+    """Register an implementation under Triton's name, which notes that it was loaded and called."""
 
-    def norm(x: Tensor, kind: str, eps: float) -> Tensor:
-        calls.append(kind)
-        return reference.token_norm(x, kind, eps)
+    def load() -> Callable[..., Any]:
+        calls.append("loaded")
 
-    registry.register("token_norm", "triton", norm, lambda device_type: obstacle)
+        def run(*args: Any) -> Any:
+            calls.append("called")
+            return getattr(reference, op)(*args)
+
+        return run
+
+    registry.register(op, "triton", load, lambda device_type: obstacle, lambda device_type: automatic)
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_the_reference_runs_and_is_recorded(op: str, impl: str) -> None:
+def test_the_reference_runs_on_the_cpu_and_is_recorded(op: str, impl: str) -> None:
+    """Also where the interpreter could run Triton's."""
     assert mvp_kernels.last_used(op) is None
     call(op, impl)
     assert mvp_kernels.record() == {op: "reference"}
     assert mvp_kernels.last_used(op) == "reference"
 
 
+@ON_THE_CPU
+@pytest.mark.parametrize("op", OPS)
+def test_triton_runs_where_it_is_asked_for(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = call(op)
+    call(op, "triton")
+    assert mvp_kernels.record() == {op: "triton"}
+    mvp_kernels.reset_record()
+    monkeypatch.setenv("MVP_KERNELS", "triton")
+    assert type(call(op)) is type(want)
+    assert mvp_kernels.record() == {op: "triton"}
+
+
+@GPU
+@pytest.mark.parametrize("op", OPS)
+def test_triton_is_automatic_on_the_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(op, device="cuda")
+    assert mvp_kernels.record() == {op: "triton"}
+    assert mvp_kernels.resolve() == "triton"
+    monkeypatch.setenv("MVP_KERNELS", "reference")
+    call(op, device="cuda")
+    assert mvp_kernels.record() == {op: "reference"}
+    assert mvp_kernels.resolve() == "reference"
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_request_that_cannot_be_met_raises(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = f"there is no triton implementation of {op}: ask for auto or reference"
+    fake_triton([], "it needs a wheel", op=op)
+    message = f"the triton implementation of {op} can't run on cpu: it needs a wheel"
     with pytest.raises(KernelUnavailable, match=message):
         call(op, "triton")
     monkeypatch.setenv("MVP_KERNELS", "triton")
     with pytest.raises(KernelUnavailable, match=message):
         call(op)
+    del registry._registered[op]["triton"]
+    with pytest.raises(
+        KernelUnavailable, match=f"there is no triton implementation of {op}: ask for auto or reference"
+    ):
+        call(op, "triton")
     assert mvp_kernels.record() == {}
+
+
+def test_without_the_interpreter_triton_is_refused_on_the_cpu() -> None:
+    """In a process of its own, for the variable is read once; and importing the package loads no kernel."""
+    code = "\n".join(
+        [
+            "import sys, torch, mvp_kernels as k",
+            "print([n for n in ('mvp_kernels.operators', 'mvp_fast', 'timm', 'open_clip') if n in sys.modules])",
+            "print(k.resolve('auto', 'cpu'))",
+            "x, i, u = torch.randn(2, 4, 8), torch.tensor([[0], [1]]), torch.zeros(1, 4, 4, 3, dtype=torch.uint8)",
+            "calls = [lambda p: k.masked_gather(x, i, impl=p), lambda p: k.token_norm(x, impl=p),",
+            "    lambda p: k.cosine_loss(x, x, impl=p), lambda p: k.guided_loss(x, x, impl=p),",
+            "    lambda p: k.patchify(u, 2, [((0.5,) * 3, (0.5,) * 3, torch.float32)], impl=p)]",
+            "for call in calls:",
+            "    try:",
+            "        call('triton')",
+            "    except k.KernelUnavailable as error:",
+            "        print(error)",
+            "    call('auto')",
+            "print(sorted(k.record().items()))",
+        ]
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    loaded, resolved, *refused, record = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert resolved == "reference"
+    why = "can't run on cpu: only Triton's interpreter runs there: set TRITON_INTERPRET=1 before the start"
+    order = ["masked_gather", "token_norm", "cosine_loss", "guided_loss", "patchify"]
+    assert refused == [f"the triton implementation of {op} {why}" for op in order]
+    assert record == str([(op, "reference") for op in OPS])
 
 
 def test_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +143,7 @@ def test_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch)
     assert mvp_kernels.record() == {"token_norm": "reference"}
     monkeypatch.setenv("MVP_KERNELS", "")
     call("token_norm")
+    assert mvp_kernels.record() == {"token_norm": "reference"}
 
 
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,52 +153,65 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelUnavailable, match="MVP_KERNELS is 'fast', not one of auto, triton, reference"):
         call("token_norm")
     with pytest.raises(ValueError, match="'fast', not one of triton, reference"):
-        registry.register("token_norm", "fast", reference.token_norm)
+        registry.register("token_norm", "fast", lambda: reference.token_norm)
 
 
-def test_one_registration_adds_an_implementation() -> None:
+def test_one_registration_replaces_an_implementation() -> None:
+    """Loaded when it is first chosen, once; the one before is forgotten, although it has run."""
+    if not torch.cuda.is_available():
+        call("token_norm", "triton")
     calls: list[str] = []
     fake_triton(calls)
+    assert mvp_kernels.resolve("auto", "cpu") == "reference (token_norm triton)"
+    assert calls == []
     call("token_norm")
     call("token_norm", "triton")
-    assert calls == ["layernorm", "layernorm"]
+    assert calls == ["loaded", "called", "called"]
     assert mvp_kernels.last_used("token_norm") == "triton"
     call("token_norm", "reference")
-    assert len(calls) == 2
+    assert calls == ["loaded", "called", "called"]
     assert mvp_kernels.last_used("token_norm") == "reference"
-    assert mvp_kernels.resolve("auto", "cpu") == "reference (token_norm triton)"
 
 
-def test_auto_steps_over_an_obstacle_and_a_request_does_not() -> None:
+@pytest.mark.parametrize(("obstacle", "automatic"), [("it needs a GPU", True), ("", False)])
+def test_auto_steps_over_what_cannot_or_should_not_run(obstacle: str, automatic: bool) -> None:
     calls: list[str] = []
-    fake_triton(calls, obstacle="it needs a GPU")
+    fake_triton(calls, obstacle, automatic)
     call("token_norm")
     assert calls == []
     assert mvp_kernels.last_used("token_norm") == "reference"
-    with pytest.raises(KernelUnavailable, match="triton implementation of token_norm can't run on cpu: it needs a GPU"):
+    if obstacle:
+        with pytest.raises(KernelUnavailable, match=obstacle):
+            call("token_norm", "triton")
+    else:
         call("token_norm", "triton")
+        assert calls == ["loaded", "called"]
 
 
 def test_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert mvp_kernels.resolve() == "reference"
+    assert mvp_kernels.resolve("auto", "cpu") == "reference"
+    assert mvp_kernels.resolve() == ("triton" if torch.cuda.is_available() else "reference")
     assert mvp_kernels.resolve("reference", "cuda") == "reference"
-    with pytest.raises(KernelUnavailable):
-        mvp_kernels.resolve("triton", "cuda")
+    with pytest.raises(KernelUnavailable, match="Triton kernels run on CUDA devices"):
+        mvp_kernels.resolve("triton", "mps")
     monkeypatch.setenv("MVP_KERNELS", "triton")
-    with pytest.raises(KernelUnavailable):
-        mvp_kernels.resolve()
+    assert mvp_kernels.resolve() == "triton"
+    if not torch.cuda.is_available():
+        with pytest.raises(KernelUnavailable, match="torch finds no CUDA device"):
+            mvp_kernels.resolve("auto", "cuda")
     assert mvp_kernels.record() == {}  # asking runs nothing
 
 
 @pytest.mark.parametrize("kind", ["l2", "layernorm", "none"])
-def test_compile_takes_the_whole_graph(kind: str) -> None:
+def test_compile_takes_the_whole_graph_of_the_reference(kind: str) -> None:
     """One graph, the same values and gradients as eager, and the record tells what was compiled in."""
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     weight = torch.randn(5, 48, requires_grad=True)
     pred, index = torch.randn(2, 3, 5), torch.tensor([[0, 3, -1], [2, 2, 1]])
 
     def loss(weight: Tensor, images: Tensor, index: Tensor) -> Tensor:
-        tokens = dispatch.patchify(images, 4, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)) @ weight.T
+        (patches,) = dispatch.patchify(images, 4, [Normalization((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))])
+        tokens = patches @ weight.T
         each = dispatch.masked_gather(dispatch.token_norm(tokens, kind), index)
         return dispatch.guided_loss(pred, tokens, index, kind) + dispatch.cosine_loss(pred, each)
 
@@ -145,13 +227,8 @@ def test_compile_takes_the_whole_graph(kind: str) -> None:
 
 
 def test_compile_honours_a_request() -> None:
+    fake_triton([], "it needs a wheel")
     torch.compiler.reset()
     step = torch.compile(lambda x: dispatch.token_norm(x, impl="triton"), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="no triton implementation of token_norm"):
+    with pytest.raises(Exception, match="it needs a wheel"):
         step(torch.randn(2, 3))
-
-
-def test_the_package_needs_torch_alone() -> None:
-    code = "import sys, mvp_kernels; print([n for n in ('mvp_fast', 'timm', 'open_clip') if n in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "[]"

@@ -91,6 +91,11 @@ def block_of(width: int) -> int:
     return 1 << max(width - 1, 0).bit_length()
 
 
+def programs_of(rows: int, rows_a_program: int) -> int:
+    """Programs that cover all rows."""
+    return -(-rows // rows_a_program)
+
+
 def sensible(launch: Launch, width: int) -> bool:
     """Whether a kernel can be launched so with rows of `width`: powers of two, and a tile that a warp can hold."""
     if not all(type(n) is int and n > 0 and n & (n - 1) == 0 for n in launch):

@@ -16,7 +16,9 @@ Exit codes: 0 done, 2 usage, 4 there is no GPU to time or nowhere to write, 130 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import random
 import statistics
 import sys
 import time
@@ -87,12 +89,13 @@ def working(case: Case, candidates: Sequence[Launch], call: Call, say: Say) -> l
 def race(
     op: str, launches: Sequence[Launch], calls: Sequence[Call], measure: Measure, rounds: int
 ) -> list[list[float]]:
-    """Seconds of each launch, a number a round; in a round all have their turn, beginning with another each time."""
+    """Seconds of each launch, a number a round; in a round all have their turn, in another order each time."""
     times: list[list[float]] = [[] for _ in launches]
-    for turn in range(rounds * len(launches)):
-        which = (turn + turn // len(launches)) % len(launches)
-        with launch.trying(op, launches[which]):
-            times[which].append(measure(calls[turn % len(calls)], calls[(turn + 1) % len(calls)]))
+    inputs = itertools.cycle(itertools.pairwise([*calls, calls[0]]))
+    for turn in range(rounds):
+        for which in random.Random(turn).sample(range(len(launches)), len(launches)):
+            with launch.trying(op, launches[which]):
+                times[which].append(measure(*next(inputs)))
     return times
 
 

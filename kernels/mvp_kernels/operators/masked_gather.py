@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvp_kernels.launch import launch_of
+from mvp_kernels.launch import block_of, launch_of, programs_of
 from mvp_kernels.operator import Operator
 from mvp_kernels.operators.rows import side_by_side
 
@@ -39,17 +39,20 @@ def gather_kernel(
     BLOCK: tl.constexpr,
 ):
     """out_BMD, flattened to (B * M, D)."""
-    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    number_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # divided as int32: in int64 that is a subroutine
+    row_R = number_R.to(tl.int64)
     column_D = tl.arange(0, BLOCK)
     index_R = tl.load(index_ptr + row_R, mask=row_R < rows, other=-1)
     found_R = (index_R >= 0) & (index_R < tokens)
     inside_RD = (row_R < rows)[:, None] & (column_D < width)[None, :]
-    source_R = (row_R // taken) * x_stride_b + index_R * x_stride_n
+    source_R = (number_R // taken).to(tl.int64) * x_stride_b + index_R * x_stride_n
     x_RD = tl.load(x_ptr + source_R[:, None] + column_D[None, :], mask=found_R[:, None] & inside_RD, other=0.0)
-    wrong_R = (index_R < -1) | (index_R >= tokens)
-    nan = tl.full([1, 1], float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
-    x_RD = tl.where(wrong_R[:, None], nan, x_RD)
-    tl.store(out_ptr + row_R[:, None] * width + column_D[None, :], x_RD, mask=inside_RD)
+    out_RD = out_ptr + row_R[:, None] * width + column_D[None, :]
+    # Two stores of rows apart: a choice for each value would be most of what a copy computes.
+    wrong_R1 = ((index_R < -1) | (index_R >= tokens))[:, None]
+    tl.store(out_RD, x_RD, mask=inside_RD & ~wrong_R1)
+    nan_RD = tl.full([ROWS, BLOCK], float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
+    tl.store(out_RD, nan_RD, mask=inside_RD & wrong_R1)
 
 
 @triton.jit
@@ -93,7 +96,7 @@ def _forward(x_BND: Tensor, index_BM: Tensor) -> Tensor:
         return out_BMD
     x_BND = side_by_side(x_BND)
     rows, warps = launch_of("masked_gather", width, x_BND.dtype, x_BND.device)
-    gather_kernel[(triton.cdiv(images * taken, rows),)](
+    gather_kernel[(programs_of(images * taken, rows),)](
         x_BND,
         index_BM.contiguous(),
         out_BMD,
@@ -104,7 +107,7 @@ def _forward(x_BND: Tensor, index_BM: Tensor) -> Tensor:
         x_BND.stride(0),
         x_BND.stride(1),
         ROWS=rows,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=block_of(width),
         num_warps=warps,
     )
     return out_BMD
@@ -117,9 +120,9 @@ def _scatter(grad_BMD: Tensor, index_BM: Tensor, tokens: int) -> Tensor:
         return out_BND
     grad_BMD = side_by_side(grad_BMD)
     rows, warps = launch_of("masked_gather_backward", width, grad_BMD.dtype, grad_BMD.device)
-    rows = min(rows, triton.next_power_of_2(tokens))
-    stretch = min(128, triton.next_power_of_2(max(taken, 1)))
-    scatter_kernel[(images, triton.cdiv(tokens, rows))](
+    rows = min(rows, block_of(tokens))
+    stretch = min(128, block_of(max(taken, 1)))
+    scatter_kernel[(images, programs_of(tokens, rows))](
         grad_BMD,
         index_BM.contiguous(),
         out_BND,
@@ -129,9 +132,9 @@ def _scatter(grad_BMD: Tensor, index_BM: Tensor, tokens: int) -> Tensor:
         grad_BMD.stride(0),
         grad_BMD.stride(1),
         ROWS=rows,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=block_of(width),
         STRETCH=stretch,
-        STRETCHES=triton.cdiv(taken, stretch),
+        STRETCHES=programs_of(taken, stretch),
         num_warps=warps,
     )
     return out_BND

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvp_kernels.arguments import Normalization
-from mvp_kernels.launch import launch_of
+from mvp_kernels.launch import block_of, launch_of, programs_of
 from mvp_kernels.operator import Operator
 from mvp_kernels.operators.rows import TRITON_TYPES
 
@@ -49,12 +49,14 @@ def patchify_kernel(
     """One or two of out_BNP, flattened to (B * N, P). FIRST and SECOND hold a factor and an offset for each colour."""
     COLOURS: tl.constexpr = len(FIRST) // 2
     VALUES: tl.constexpr = PATCH * PATCH
-    patch_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    number_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # divided as int32: in int64 that is a subroutine
+    patch_R = number_R.to(tl.int64)
     value_Q = tl.arange(0, BLOCK)
     inside_RQ = (patch_R < patches)[:, None] & (value_Q < VALUES)[None, :]
-    of_image_R = patch_R % (grid_rows * grid_columns)
+    of_image_R = number_R % (grid_rows * grid_columns)
     top_R, left_R = of_image_R // grid_columns * PATCH, of_image_R % grid_columns * PATCH
-    corner_R = patch_R // (grid_rows * grid_columns) * stride_b + top_R * stride_h + left_R * stride_w
+    image_R = (number_R // (grid_rows * grid_columns)).to(tl.int64)
+    corner_R = image_R * stride_b + top_R * stride_h + left_R * stride_w
     pixel_Q = value_Q // PATCH * stride_h + value_Q % PATCH * stride_w
     source_RQ = corner_R[:, None] + pixel_Q[None, :]
     out_RQ = patch_R[:, None] * (COLOURS * VALUES) + value_Q[None, :]
@@ -88,7 +90,7 @@ def _forward(
     for first in range(0, len(outs), AT_ONCE):
         these = slice(first, first + AT_ONCE)
         (out, *more), (factors, *more_factors) = outs[these], constants[these]
-        patchify_kernel[(triton.cdiv(images * rows * columns, tile),)](
+        patchify_kernel[(programs_of(images * rows * columns, tile),)](
             images_BHWC,
             out,
             more[0] if more else None,
@@ -102,7 +104,7 @@ def _forward(
             FIRST_WIDE=_wide(out),
             SECOND_WIDE=_wide(more[0]) if more else None,
             ROWS=tile,
-            BLOCK=triton.next_power_of_2(patch * patch),
+            BLOCK=block_of(patch * patch),
             num_warps=warps,
         )
     return outs

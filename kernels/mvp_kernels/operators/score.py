@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvp_kernels.launch import launch_of
+from mvp_kernels.launch import Launch, block_of, launch_of, programs_of
 from mvp_kernels.operators.rows import TRITON_TYPES, as_rows, at_least, row_sum, side_by_side, square_root, wide_of
 
 TOTALS = 64  # partial sums of the weights
@@ -93,9 +93,9 @@ def score_kernel(
     pred_stride,
     target_stride_b,
     target_stride_n,
+    prepared_for,
     KIND: tl.constexpr,
     EPS: tl.constexpr,
-    UPSTREAM: tl.constexpr,
     MEAN: tl.constexpr,
     BACKWARD: tl.constexpr,
     TOTALS: tl.constexpr,
@@ -105,19 +105,20 @@ def score_kernel(
 ):
     """Forward: loss (a sum a program where MEAN, else a number a token) and gradients. Backward: gradients.
 
-    UPSTREAM is the upstream gradient to prepare for; in a backward pass the one that was prepared for, or None.
+    prepared_for is the upstream gradient to prepare for; in a backward pass the one that was prepared for, or None.
     """
-    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    number_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # divided as int32: in int64 that is a subroutine
+    row_R = number_R.to(tl.int64)
     column_D = tl.arange(0, BLOCK)
     wanted_R = row_R < tokens
     if BACKWARD:
         upstream_R = tl.load(upstream_ptr + row_R * (0 if MEAN else 1), mask=wanted_R, other=0.0).to(WIDE)
-        if UPSTREAM is not None:
-            wanted_R = wanted_R & (upstream_R != tl.full([ROWS], UPSTREAM, WIDE))
+        if prepared_for is not None:
+            wanted_R = wanted_R & (upstream_R != tl.zeros([ROWS], WIDE) + prepared_for)
             if tl.max(wanted_R.to(tl.int32), axis=0) == 0:
                 return
     else:
-        upstream_R = tl.full([ROWS], UPSTREAM, WIDE)
+        upstream_R = tl.zeros([ROWS], WIDE) + prepared_for
 
     # Which target, and whether the token takes part.
     weight_R = tl.full([ROWS], 1.0, WIDE)
@@ -127,7 +128,7 @@ def score_kernel(
         index_R = tl.load(index_ptr + row_R, mask=wanted_R, other=-1)
         found_R = (index_R >= 0) & (index_R < target_tokens)
         weight_R = (index_R != -1).to(WIDE)
-        target_R = row_R // tokens_an_image * target_stride_b + index_R * target_stride_n
+        target_R = (number_R // tokens_an_image).to(tl.int64) * target_stride_b + index_R * target_stride_n
     if weight_ptr is not None:
         weight_R = tl.load(weight_ptr + row_R, mask=wanted_R, other=0).to(WIDE)
     taken_R = wanted_R & (weight_R != 0)
@@ -149,8 +150,10 @@ def score_kernel(
         inverse_t_R = 1.0 / at_least(length_t_R, EPS)
     if KIND != "none":  # the length of the normalised target is held to eps once more
         inverse_t_R = inverse_t_R / at_least(length_t_R * inverse_t_R, EPS)
-    # An index out of range makes NaN of its token, in the loss and in the gradient.
-    inverse_t_R = tl.where(taken_R & (found_R == 0), float("nan"), inverse_t_R)
+    # An index out of range makes NaN of its token, in the loss and in the gradient. A token that takes no part is zeros
+    # throughout, so that no value of a tile has to be chosen one by one.
+    inverse_t_R = tl.where(taken_R, tl.where(found_R, inverse_t_R, float("nan")), 0.0)
+    inverse_p_R = tl.where(taken_R, inverse_p_R, 0.0)
     cos_R = row_sum(p_RD * t_RD) * inverse_p_R * inverse_t_R
 
     if not BACKWARD:
@@ -159,7 +162,7 @@ def score_kernel(
             tl.store(loss_ptr + tl.program_id(0), tl.sum(loss_R, axis=0))
         else:
             tl.store(loss_ptr + row_R, loss_R, mask=wanted_R)
-    factor_R = upstream_R * weight_R
+    factor_R = tl.where(taken_R, upstream_R * weight_R, 0.0)
     if MEAN:
         factor_R = factor_R / weight_sum(total_ptr, tokens, TOTALS, WIDE)
     inside_RD = wanted_R[:, None] & (column_D < width)[None, :]
@@ -167,12 +170,10 @@ def score_kernel(
     if grad_pred_ptr is not None:
         along_R = tl.where(length_p_R < EPS, 0.0, cos_R * inverse_p_R)
         g_RD = (p_RD * along_R[:, None] - t_RD * inverse_t_R[:, None]) * (factor_R * inverse_p_R)[:, None]
-        g_RD = tl.where(taken_RD, g_RD, 0.0)
         tl.store(grad_pred_ptr + out_RD, g_RD.to(grad_pred_ptr.dtype.element_ty), mask=inside_RD)
     if grad_target_ptr is not None:
         along_R = tl.where(length_t_R < EPS, 0.0, cos_R * inverse_t_R)
         g_RD = (t_RD * along_R[:, None] - p_RD * inverse_p_R[:, None]) * (factor_R * inverse_t_R)[:, None]
-        g_RD = tl.where(taken_RD, g_RD, 0.0)
         tl.store(grad_target_ptr + out_RD, g_RD.to(grad_target_ptr.dtype.element_ty), mask=inside_RD)
 
 
@@ -236,20 +237,21 @@ def score(
         return loss, gradients
     if total_G.numel():
         _sum_weights(total_G, index_BM, weight_M, tokens)
+    launch = launch_of(rule.op, pred_MD.shape[1], pred_MD.dtype, pred_MD.device)
     if not rule.mean:
-        _launch(rule, pred_MD, target, index_BM, weight_M, gradients, loss, None, upstream)
+        _run(launch, rule, pred_MD, target, index_BM, weight_M, gradients, loss, None, upstream)
         return loss, gradients
-    programs = triton.cdiv(tokens, launch_of(rule.op, pred_MD.shape[1], pred_MD.dtype, pred_MD.device).rows)
+    programs = programs_of(tokens, launch.rows)
     partial = loss.new_empty(programs)
-    _launch(rule, pred_MD, target, index_BM, weight_M, gradients, partial, None, upstream)
-    block = min(SUM_BLOCK, triton.next_power_of_2(programs))
+    _run(launch, rule, pred_MD, target, index_BM, weight_M, gradients, partial, None, upstream)
+    block = min(SUM_BLOCK, block_of(programs))
     mean_kernel[(1,)](
         partial,
         _or_none(total_G),
         loss,
         tokens,
         programs,
-        STEPS=triton.cdiv(programs, block),
+        STEPS=programs_of(programs, block),
         TOTALS=TOTALS,
         BLOCK=block,
         WIDE=TRITON_TYPES[wide],
@@ -270,7 +272,8 @@ def score_again(
 ) -> None:
     """Write `gradients` for an upstream gradient, () or (M,), save where it is the one they were prepared for."""
     if pred_MD.shape[0]:
-        _launch(rule, pred_MD, target, index_BM, weight_M, gradients, None, upstream.contiguous(), prepared_for)
+        launch = launch_of(rule.op, pred_MD.shape[1], pred_MD.dtype, pred_MD.device)
+        _run(launch, rule, pred_MD, target, index_BM, weight_M, gradients, None, upstream.contiguous(), prepared_for)
 
 
 def empty_losses(
@@ -284,19 +287,20 @@ def empty_losses(
 
 
 def _sum_weights(total_G: Tensor, index_BM: Tensor | None, weight_M: Tensor | None, tokens: int) -> None:
-    block = min(SUM_BLOCK, triton.next_power_of_2(triton.cdiv(tokens, TOTALS)))
+    block = min(SUM_BLOCK, block_of(programs_of(tokens, TOTALS)))
     total_kernel[(TOTALS,)](
         _contiguous(index_BM),
         _contiguous(weight_M),
         total_G,
         tokens,
-        STEPS=triton.cdiv(tokens, TOTALS * block),
+        STEPS=programs_of(tokens, TOTALS * block),
         BLOCK=block,
         WIDE=TRITON_TYPES[total_G.dtype],
     )
 
 
-def _launch(
+def _run(
+    launch: Launch,
     rule: Rule,
     pred_MD: Tensor,
     target: Tensor,
@@ -315,8 +319,8 @@ def _launch(
     else:
         target = side_by_side(target)
         stride_b, stride_n, target_tokens = target.stride(0), target.stride(1), target.shape[1]
-    rows, warps = launch_of(rule.op, width, pred_MD.dtype, pred_MD.device)
-    score_kernel[(triton.cdiv(tokens, rows),)](
+    rows, warps = launch
+    score_kernel[(programs_of(tokens, rows),)](
         pred_MD,
         target,
         _contiguous(index_BM),
@@ -333,14 +337,14 @@ def _launch(
         pred_MD.stride(0),
         stride_b,
         stride_n,
+        prepared_for,
         KIND=rule.kind,
         EPS=rule.eps,
-        UPSTREAM=prepared_for,
         MEAN=rule.mean,
         BACKWARD=upstream is not None,
         TOTALS=TOTALS,
         ROWS=rows,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=block_of(width),
         WIDE=TRITON_TYPES[wide_of(pred_MD, target)],
         num_warps=warps,
     )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvp_kernels.launch import launch_of
+from mvp_kernels.launch import block_of, launch_of, programs_of
 from mvp_kernels.operator import Operator
 from mvp_kernels.operators.rows import TRITON_TYPES, as_rows, at_least, row_sum, square_root, wide_of
 
@@ -76,7 +76,7 @@ def _launch(x: Tensor, grad: Tensor | None, kind: str, eps: float) -> Tensor:
     x_MD, grad_MD = as_rows(x), None if grad is None else as_rows(grad)
     tokens, width = x_MD.shape
     rows, warps = launch_of("token_norm" if grad is None else "token_norm_backward", width, x.dtype, x.device)
-    token_norm_kernel[(triton.cdiv(tokens, rows),)](
+    token_norm_kernel[(programs_of(tokens, rows),)](
         x_MD,
         grad_MD,
         out,
@@ -88,7 +88,7 @@ def _launch(x: Tensor, grad: Tensor | None, kind: str, eps: float) -> Tensor:
         EPS=eps,
         BACKWARD=grad is not None,
         ROWS=rows,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=block_of(width),
         WIDE=TRITON_TYPES[wide_of(x)],
         num_warps=warps,
     )
