@@ -16,14 +16,15 @@ class Counts:
     """Of one round.
 
     Attributes:
-        operations: that torch's dispatcher ran, views left out.
-        written_bytes: the size of their results: the memory they asked for, in all.
-        launches: kernels and copies on the GPU; None on the CPU.
+        operations: that torch's dispatcher ran; views and whatever else only hands on memory left out. None where code
+            of torch.compile ran: the dispatcher does not see into it.
+        written_bytes: new memory that their results took, in all; what is written in place is not new. None as above.
+        launches: kernels, copies and fills on the GPU; None on the CPU.
         peak_bytes: on the GPU above what was resident; None on the CPU.
     """
 
-    operations: int
-    written_bytes: int
+    operations: int | None
+    written_bytes: int | None
     launches: int | None = None
     peak_bytes: int | None = None
 
@@ -39,17 +40,25 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        if not op.is_view:
+        held = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in results}
+        new = {address: size for address, size in new.items() if address not in held}
+        if new or not results or op._schema.is_mutable:  # otherwise it has only handed on memory, as views do
             self.operations += 1
-            held = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in held:
-                    self.written += tensor.untyped_storage().nbytes()
+            self.written += sum(new.values())
         return result
 
 
-def count(work: Callable[[], Any], device: str) -> Counts:
-    """Count one call of `work`. It has run before: what is made once is not counted."""
+def count(work: Callable[[], Any], device: str, compiled: bool = False) -> Counts:
+    """Count one call of `work`. It has run before: what is made once is not counted.
+
+    Args:
+        work: torch code.
+        device: "cpu" or "cuda".
+        compiled: whether parts of it went through torch.compile. Under the dispatch mode that counts operations such
+            code falls back to eager, so that they are not counted.
+    """
     launches = peak = None
     if device == "cuda":
         torch.cuda.synchronize()
@@ -59,7 +68,10 @@ def count(work: Callable[[], Any], device: str) -> Counts:
             work()
             torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - resident
-        launches = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+        on_gpu = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        launches = sum(not e.is_user_annotation for e in on_gpu)  # torch's optimizers mark their steps
+    if compiled:
+        return Counts(None, None, launches, peak)
     with _Watch() as watch:
         work()
     return Counts(watch.operations, watch.written, launches, peak)

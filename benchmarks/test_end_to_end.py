@@ -1,103 +1,114 @@
-"""`mvp-fast train` as it is run: images a second, time spent waiting for data and peak memory, from metrics.jsonl.
+"""`mvp-fast train` as it is run, from JPEG files to updated weights: images a second in the steady state.
 
-Once from JPEG files through DALI and once with `synthetic`, whose resident batch costs nothing to load: the difference
-is what loading costs. The first fifth of the metric lines is left out (start-up).
+A round is the whole command; its rate comes from metrics.jsonl, the first fifth of whose lines (start-up) is left out.
+`extra_info` has each line's rate, the share of the time spent waiting for data, the loss and the peak memory.
+
+On the CPU the other variant is the same command with `synthetic`, whose resident batch costs nothing to load: the
+difference is what loading costs. On the GPU it is what one would run instead (`peers.plain_training`: DataLoader over
+Pillow, timm, open_clip, autocast); that both began with the same loss and gradient norm is checked after the rounds.
+What a step could do there if it never waited for data is test_train_step's rate.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from harness import Session, compare, nothing
+from peers.commands import OURS, PLAIN, REPO, SMALL, Training, python, run
+from recorder import cores
 
-REPO = Path(__file__).resolve().parents[1]
-LOADERS = ("dali", "synthetic")
-
-
-def mvp_fast(*words: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "mvp_fast", *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-
-
-def draw_scenes(folder: Path, images: int) -> Path:
-    """ImageNet-shaped JPEG files with an index."""
-    mvp_fast("data", "scenes", "--out", folder, "--images", images, "--profile", "imagenet")
-    mvp_fast("data", "index", folder)
-    return folder
+pytestmark = pytest.mark.timeout(900)  # also on a busy machine
+LOSS, NORM = 0.03, 0.3  # relative: from the same weights, over other crops of the same files
+CONFIG = REPO / "configs" / "vit_b16_in1k.yaml"
 
 
-def run(benchmark: Any, data: Path, folder: Path, settings: dict[str, object]) -> None:
-    """Train once and put down what metrics.jsonl says."""
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    common = ("--config", REPO / "configs" / "vit_b16_in1k.yaml", "--data.index", data, "--run.dir", folder)
-    command = ("train", *common, "--run.tensorboard", False, "--teacher.pretrained", "random", *words)
-    benchmark.pedantic(mvp_fast, args=command, rounds=1, iterations=1)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == settings["train.steps"]
-    assert not any(line["skipped_updates"] or line["bad_samples"] for line in lines)
-    steady = lines[len(lines) // 5 or 1 :] or lines
-    rates = [line["images_per_second"] for line in steady]
-    rate, wait = float(np.median(rates)), float(np.mean([line["data_wait"] for line in steady]))
-    memory = max((line.get("peak_memory_bytes", 0) for line in lines), default=0)
-    environment = json.loads((folder / "environment.json").read_text())
-    in_memory = f", {memory / 2**30:.1f} GiB" if memory else ""
-    benchmark.extra_info.update(
-        summary=f"{rate:.1f} images/s, {100 * wait:.1f} % waiting for data{in_memory}",
-        images_a_second=rate,
-        images_a_second_lines=rates,
-        data_wait=wait,
-        peak_memory_bytes=memory or None,
-        loss_first_last=[lines[0]["loss"], lines[-1]["loss"]],
-        kernels=environment["kernels"],
-        settings={name: str(value) for name, value in settings.items()},
+def measure(
+    benchmark: Any,
+    session: Session,
+    ours: Training,
+    peers: dict[str, Training],
+    device: str,
+    rounds: int,
+    same_images: bool,
+) -> None:
+    """`same_images`: whether the peers train on the same files, so that they must begin as ours does."""
+
+    def same_start() -> None:
+        for name, peer in peers.items():
+            first, other = (each.last.lines[0] for each in (ours, peer) if each.last is not None)
+            assert other["loss"] == pytest.approx(first["loss"], rel=LOSS), f"{name}: the first loss"
+            assert other["grad_norm"] == pytest.approx(first["grad_norm"], rel=NORM), f"{name}: the gradient norm"
+
+    def extra() -> dict[str, Any]:
+        assert ours.last is not None
+        environment = json.loads((ours.folder / "environment.json").read_text())
+        return {
+            **ours.last.facts(),
+            "peers_last_run": {name: each.last.facts() for name, each in peers.items() if each.last},
+            "kernels": environment["kernels"],
+            "settings": {name: str(value) for name, value in ours.settings.items()},
+        }
+
+    compare(
+        benchmark,
+        session,
+        ours=ours.variant(),
+        peers={name: each.variant(ours.images) for name, each in peers.items()},
+        check=nothing,  # each run makes sure by itself that all went well
+        items=ours.images,
+        unit="images",
+        device=device,
+        rounds=rounds,
+        warm_up_seconds=None,
+        afterwards=same_start if same_images else nothing,
+        extra=extra,
+    )
+
+
+def test_small(benchmark: Any, session: Session, imagenet_scenes: Path, tmp_path: Path) -> None:
+    """JPEG files to updated weights, width 96, 2 blocks, ViT-S-16 teacher, 112 px, batch 8, float32, DALI."""
+    settings = {
+        **SMALL,
+        "data.index": imagenet_scenes,
+        "data.loader": "dali",
+        "train.steps": 4 if session.quick else 20,
+        "train.log-every": 2,
+    }
+    command = (*OURS, "--config", CONFIG)
+    resident = Training(command, {**settings, "data.loader": "synthetic"}, tmp_path / "resident")
+    peers = {} if session.quick else {"a resident batch": resident}
+    measure(
+        benchmark, session, Training(command, settings, tmp_path / "ours"), peers, "cpu", rounds=3, same_images=False
     )
 
 
 @pytest.fixture(scope="module")
-def photo_sized(tmp_path_factory: pytest.TempPathFactory, quick: bool) -> Path:
-    return draw_scenes(tmp_path_factory.mktemp("end_to_end"), 256 if quick else 2048)
+def photo_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2048 ImageNet-shaped JPEG files with an index."""
+    folder = tmp_path_factory.mktemp("end_to_end")
+    run(python("-m", "mvp_fast", "data", "scenes", "--out", folder, "--images", 2048, "--profile", "imagenet"))
+    run(python("-m", "mvp_fast", "data", "index", folder))
+    return folder
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("loader", LOADERS)
-def test_b16(benchmark: Any, photo_sized: Path, tmp_path: Path, quick: bool, loader: str) -> None:
-    """The B/16 recipe on one GPU."""
+def test_b16(benchmark: Any, session: Session, photo_sized: Path, tmp_path: Path) -> None:
+    """JPEG files to updated weights, ViT-B/16 student and teacher, 224 px, batch 256, bf16, one GPU."""
     settings = {
-        "data.loader": loader,
+        "data.index": photo_sized,
+        "data.loader": "dali",
         "teacher.name": "ViT-B-16",
+        "teacher.pretrained": "random",
         "train.batch-size": 256,
         "train.precision": "bf16",
-        "train.steps": 20 if quick else 200,
-        "train.log-every": 10,
-        "train.device": "cuda",
-    }
-    run(benchmark, photo_sized, tmp_path / "run", settings)
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-def test_small(benchmark: Any, imagenet_scenes: Path, tmp_path: Path, quick: bool, loader: str) -> None:
-    """The same way at a size that a few CPU cores can bear."""
-    if quick and loader == "synthetic":
-        pytest.skip("one short run through files is enough for --quick")
-    settings = {
-        "data.loader": loader,
-        "data.image-size": 112,
-        "mask.patches": 19,
-        "mask.min-block": 4,
-        "student.width": 96,
-        "student.depth": 2,
-        "student.heads": 3,
-        "teacher.name": "ViT-S-16",
-        "train.batch-size": 8,
-        "train.precision": "fp32",
-        "train.steps": 4 if quick else 40,
+        "train.steps": 10 if session.quick else 40,
         "train.log-every": 2,
-        "train.device": "cpu",
+        "train.device": "cuda",
+        "run.tensorboard": False,
     }
-    run(benchmark, imagenet_scenes, tmp_path / "run", settings)
+    ours = Training((*OURS, "--config", CONFIG), settings, tmp_path / "ours")
+    plain = Training((*PLAIN, "--config", CONFIG, "--workers", cores()), settings, tmp_path / "plain")
+    measure(benchmark, session, ours, {"DataLoader, timm, open_clip": plain}, "cuda", rounds=2, same_images=True)

@@ -97,6 +97,8 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["data", "index", "--help"],
         ["data", "plan", "--help"],
         ["data", "render", "--help"],
+        ["bench", "--help"],
+        ["bench", "history", "--help"],
     ],
     ids=" ".join,
 )

@@ -21,10 +21,12 @@ VERBS = {
     "data index": ("mvp_fast.cli.data.index", "write the Parquet index of a folder of images"),
     "data plan": ("mvp_fast.cli.data.plan", "write the samples, boxes and masks of an epoch as a table"),
     "data render": ("mvp_fast.cli.data.render", "write one batch as the student sees it, as a picture and as arrays"),
+    "bench": ("mvp_fast.cli.bench.run", "run the benchmarks, or compare their speed with another revision's"),
+    "bench history": ("mvp_fast.cli.bench.history", "draw recorded benchmark results over commits"),
 }
 
 EXIT_CODES = (
-    "0 done, 2 usage or configuration, 3 data, 4 environment, 5 training diverged, "
+    "0 done, 1 bench found a regression, 2 usage or configuration, 3 data, 4 environment, 5 training diverged, "
     "75 preempted with a checkpoint written (try again)"
 )
 

@@ -1,0 +1,110 @@
+"""The teacher alone: from uint8 crops to the features of the tokens in the loss.
+
+Ours normalises and cuts patches in one pass, and takes the tokens in the loss before ln_post and the projection. The
+peers are open_clip's own forward over all tokens (`peers.plain_step.PlainTeacher`), of whose result the tokens in the
+loss are taken: eager, and on the GPU through torch.compile as well (on the CPU compiling takes longer than all the rest
+of the benchmark). The same weights, crops and tokens; that the features agree is checked first, in float32.
+
+Shape legend: B images, H and W pixels, C channels, M tokens in the loss, D channels of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import Session, Variant, compare
+from peers.plain_step import PlainTeacher, autocast
+from peers.step_cases import B16, SMALL, Case, exact, full_float32, make_batches
+from torch import Tensor
+from torch.nn import functional as F
+
+import mvp_kernels
+from mvp_fast.models.teacher import Teacher, build_teacher
+from mvp_fast.objective.guided import Objective
+
+pytestmark = pytest.mark.timeout(900)  # also on a busy machine, and torch.compile takes its time
+AGREE = 1e-4  # float32, as a share of the features' norm
+COMPILED_AGREES = 0.05  # in the precision that is timed: bf16 rounds otherwise in other fusions
+Features = Callable[[Tensor, Tensor], Tensor]  # images_BHWC, index_BM -> features_BMD
+
+
+def ours_of(teacher: Teacher) -> Features:
+    return lambda images_BHWC, index_BM: teacher(teacher.patches(images_BHWC), index_BM)
+
+
+def plain_of(teacher: Any) -> Features:
+    @torch.no_grad()
+    def features(images_BHWC: Tensor, index_BM: Tensor) -> Tensor:
+        all_BTD = teacher(images_BHWC.permute(0, 3, 1, 2))
+        return torch.take_along_dim(all_BTD, index_BM[..., None], dim=1)
+
+    return features
+
+
+def inputs(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Crops, and the tokens in the loss, of resident batches."""
+    objective, side = Objective(case.config.objective), case.config.data.image_size // 16
+    return [(each.images_BHWC, objective.token_index(each.masked_BM, side * side)) for each in make_batches(case)]
+
+
+def assert_close(ours_BMD: Tensor, other_BMD: Tensor, share: float) -> None:
+    assert ours_BMD.shape == other_BMD.shape, f"{tuple(ours_BMD.shape)} and {tuple(other_BMD.shape)}"
+    distance = F.mse_loss(other_BMD.double(), ours_BMD.double()).sqrt() / ours_BMD.double().square().mean().sqrt()
+    assert distance <= share, f"the features differ by {float(distance):.2g} of their size"
+
+
+def measure(benchmark: Any, session: Session, case: Case, batches: int, compiled: bool, rounds: int) -> None:
+    config, device = case.config, torch.device(case.device)
+    batches, side = 1 if session.quick else batches, config.data.image_size // 16
+    teacher = build_teacher(config.teacher, grid=(side, side), image_size=config.data.image_size).to(device)
+    plain = PlainTeacher(teacher).to(device)
+    ours, peers = ours_of(teacher), {"open_clip eager": plain_of(plain)}
+    if compiled and not session.turns:
+        peers["open_clip compiled"] = plain_of(torch.compile(plain))
+    resident = inputs(case)
+
+    def in_precision(features: Features, number: int = 0) -> Tensor:
+        with autocast(config, device):
+            return features(*resident[number % len(resident)])
+
+    def check() -> None:
+        with full_float32():
+            for each in inputs(exact(case)):
+                assert_close(ours(*each), peers["open_clip eager"](*each), AGREE)
+        for features in peers.values():
+            assert_close(in_precision(ours), in_precision(features), AGREE if device.type == "cpu" else COMPILED_AGREES)
+
+    def variant(name: str, features: Features) -> Variant:
+        def run() -> None:
+            for number in range(batches):
+                in_precision(features, number)
+
+        return Variant(run, countable=True, compiled=name.endswith("compiled"))
+
+    mvp_kernels.reset_record()
+    compare(
+        benchmark,
+        session,
+        ours=variant("ours", ours),
+        peers={name: variant(name, features) for name, features in peers.items()},
+        check=check,
+        items=batches * config.train.batch_size,
+        unit="images",
+        device=case.device,
+        rounds=rounds,
+        extra=lambda: {"kernels": mvp_kernels.record(), "precision": config.train.precision},
+    )
+
+
+def test_small_teacher(benchmark: Any, session: Session) -> None:
+    """Teacher's features of the tokens in the loss, ViT-S-16, 112 px, batch 8, float32."""
+    measure(benchmark, session, SMALL, batches=2, compiled=False, rounds=15)
+
+
+@pytest.mark.gpu
+def test_b16_teacher(benchmark: Any, session: Session) -> None:
+    """Teacher's features of the tokens in the loss, ViT-B/16, 224 px, batch 256, bf16 autocast."""
+    measure(benchmark, session, B16, batches=10, compiled=True, rounds=15)
