@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,19 @@ def count(work: Callable[[], Any], device: str, compiled: bool = False) -> Count
     with _Watch() as watch:
         work()
     return Counts(watch.operations, watch.written, launches, peak)
+
+
+def flops_of(work: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and convolutions in `work`, two a multiply-add.
+
+    For work in plain torch. Attention is taken apart into its products, because the counter knows the fused kernels of
+    GPUs alone, and not the short cut of torch's MultiheadAttention.
+    """
+    short_cut = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            work()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(short_cut)
+    return int(counter.get_total_flops())

@@ -107,6 +107,7 @@ def compare(
     per: float = 1.0,
     afterwards: Callable[[], None] = nothing,
     extra: Callable[[], Mapping[str, Any]] = dict,
+    flops_an_item: Callable[[], float] | None = None,
 ) -> None:
     """Run a benchmark and write what it measured to `benchmark.extra_info`.
 
@@ -123,6 +124,8 @@ def compare(
         per: what rates are divided by, such as the number of cores; `unit` then says so.
         afterwards: as `check`, of what can be told after the rounds only.
         extra: more for extra_info, asked for after the last round.
+        flops_an_item: floating-point operations that an item takes (see `counts.flops_of`), asked for after the last
+            round: the rate is then told as a share of the calibration arm's matrix product, too.
     """
     _let_go(device)
     _agree(check, session.name)
@@ -170,6 +173,12 @@ def compare(
         calibration=spread(calibration),
         counts=counted,
     )
+    if flops_an_item is not None:
+        flops, product = flops_an_item(), [each["matmul"] for each in calibration]
+        share = share_of_product(flops * items, seconds["ours"], arm.flops, product)
+        benchmark.extra_info["share_of_limit"] = {"share": share, "of": "the matrix product's rate"}
+        benchmark.extra_info["flops_an_item"] = flops
+        benchmark.extra_info["summary"] += f"; {100 * share:.1f} % of the matrix product's rate"
     benchmark.extra_info.update(extra())
 
 
@@ -227,6 +236,13 @@ def spread(calibration: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         low, median, high = np.percentile([each[name] for each in calibration], [25, 50, 75])
         found[name] = {"seconds": float(median), "spread": float((high - low) / median)}
     return found
+
+
+def share_of_product(
+    flops: float, seconds: Sequence[float], product_flops: float, product_seconds: Sequence[float]
+) -> float:
+    """The rate of work in operations a second, as a share of a matrix product's; both by their medians."""
+    return float(flops / np.median(seconds) / (product_flops / np.median(product_seconds)))
 
 
 def _let_go(device: str) -> None:

@@ -12,12 +12,14 @@ What a step could do there if it never waited for data is test_train_step's rate
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import Session, compare, nothing
 from peers.commands import OURS, PLAIN, REPO, SMALL, Training, python, run
+from peers.step_cases import B16, flops_an_image
 from recorder import cores
 
 pytestmark = pytest.mark.timeout(900)  # also on a busy machine
@@ -33,6 +35,7 @@ def measure(
     device: str,
     rounds: int,
     same_images: bool,
+    flops_an_item: Callable[[], float] | None = None,
 ) -> None:
     """`same_images`: whether the peers train on the same files, so that they must begin as ours does."""
 
@@ -65,6 +68,7 @@ def measure(
         warm_up_seconds=None,
         afterwards=same_start if same_images else nothing,
         extra=extra,
+        flops_an_item=flops_an_item,
     )
 
 
@@ -111,4 +115,13 @@ def test_b16(benchmark: Any, session: Session, photo_sized: Path, tmp_path: Path
     }
     ours = Training((*OURS, "--config", CONFIG), settings, tmp_path / "ours")
     plain = Training((*PLAIN, "--config", CONFIG, "--workers", cores()), settings, tmp_path / "plain")
-    measure(benchmark, session, ours, {"DataLoader, timm, open_clip": plain}, "cuda", rounds=2, same_images=True)
+    measure(
+        benchmark,
+        session,
+        ours,
+        {"DataLoader, timm, open_clip": plain},
+        "cuda",
+        rounds=2,
+        same_images=True,
+        flops_an_item=lambda: flops_an_image(B16),
+    )

@@ -19,6 +19,7 @@ from peers.step_cases import (
     Case,
     check_compiled,
     check_steps,
+    flops_an_image,
     make_batches,
     make_steps,
     plainly,
@@ -53,6 +54,7 @@ def measure(benchmark: Any, session: Session, case: Case, steps: int, compiled: 
         unit="images",
         device=case.device,
         rounds=rounds,
+        flops_an_item=lambda: flops_an_image(case),
         extra=lambda: {"kernels": mvp_kernels.record(), "precision": case.config.train.precision},
     )
 

@@ -30,6 +30,8 @@ from turns import Turns
 class Arm:
     """A calibration arm with scripted seconds."""
 
+    flops = 2000.0
+
     def __init__(self, events: list[str], seconds: Iterable[float] = ()) -> None:
         self.events, self.seconds = events, iter(seconds)
 
@@ -135,6 +137,17 @@ def test_calibrations_median_and_spread(benchmark: Any, session: Session, events
     session.calibrations["cpu"] = Arm(events, [1.0, 2.0, 3.0, 4.0, 5.0])  # type: ignore[assignment]
     found = run(benchmark, session, scripted("ours", events), rounds=5)["calibration"]
     assert found == {"matmul": {"seconds": 3.0, "spread": pytest.approx(2 / 3)}, "copy": {"seconds": 0.5, "spread": 0}}
+
+
+def test_the_share_of_the_limit(benchmark: Any, session: Session, events: list[str]) -> None:
+    """10 items of 30 operations in 4 seconds, beside 2,000 operations in 2 seconds: 75 of 1,000 a second."""
+    session.calibrations["cpu"] = Arm(events, [1.0, 2.0, 9.0])  # type: ignore[assignment]
+    ours = scripted("ours", events, [4.0, 3.0, 8.0])
+    found = run(benchmark, session, ours, rounds=3, flops_an_item=lambda: events.append("flops") or 30.0)
+    assert found["share_of_limit"] == {"share": pytest.approx(0.075), "of": "the matrix product's rate"}
+    assert found["flops_an_item"] == 30.0
+    assert found["summary"].endswith("; 7.5 % of the matrix product's rate")
+    assert events.index("flops") > max(i for i, event in enumerate(events) if event == "ours after")
 
 
 def test_the_order_of_events(benchmark: Any, session: Session, events: list[str]) -> None:

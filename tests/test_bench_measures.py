@@ -15,7 +15,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # is no package: its helpers are found there
 
 from calibration import Calibration
-from counts import count
+from counts import count, flops_of
 from peers import commands
 
 
@@ -52,6 +52,30 @@ def test_backward_is_counted_too() -> None:
 def test_what_reads_a_number_is_an_operation() -> None:
     x = torch.ones(())
     assert count(lambda: x.item(), "cpu").as_dict() == {"operations": 1, "written_bytes": 0}
+
+
+def test_operations_of_products_are_counted() -> None:
+    """Two a multiply-add, forward and backward, of attention too, whichever kernel would carry it out."""
+    x_53, w_37 = torch.ones(5, 3), torch.ones(3, 7, requires_grad=True)
+    assert flops_of(lambda: (x_53 @ w_37).sum().backward()) == 2 * (2 * 5 * 3 * 7)  # x needs no gradient
+    q_2348 = torch.ones(2, 3, 4, 8)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert flops_of(lambda: attention(q_2348, q_2348, q_2348)) == 2 * (2 * 2 * 3 * 4 * 4 * 8)
+
+
+def test_an_image_in_the_plain_step_costs_what_the_models_sizes_say() -> None:
+    """Width 384, 4 blocks, 12 in the teacher, 50 tokens, 49 patches of 768 values, targets of 384 channels."""
+    from peers.step_cases import SMALL, flops_an_image
+
+    tokens, width = 50, 384
+    block = 24 * tokens * width**2 + 4 * tokens**2 * width
+    patches = 2 * 49 * 768 * width
+    head = 2 * tokens * width * 384
+    forward = patches + 4 * block + head
+    backward = 2 * forward - patches  # the images need no gradient
+    # open_clip projects the 49 patch tokens and CLS as here, from its own width of 384.
+    teacher = patches + 12 * block + head
+    assert flops_an_image(SMALL) == pytest.approx(forward + backward + teacher, rel=1e-3)
 
 
 @pytest.mark.gpu

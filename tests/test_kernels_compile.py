@@ -42,7 +42,7 @@ ROW_TENSORS = {
     "token_norm layernorm": (1, 1),
     "token_norm_backward l2": (2, 1),
     "token_norm_backward layernorm": (2, 1),
-    "masked_gather": (1, 1),
+    "masked_gather": (1, 2),  # a row is written by one of two stores: what was taken, or NaN
     "masked_gather_backward": (1, 1),
 }
 ROW_KERNELS = ("score_kernel", "token_norm_kernel", "gather_kernel", "scatter_kernel")

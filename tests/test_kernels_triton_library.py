@@ -233,7 +233,10 @@ def test_a_second_derivative_is_an_error(device: str, name: str, power: int) -> 
     x = next(x for x in call.inputs if x.requires_grad)
     out = call.run(*call.inputs)
     assert isinstance(out, Tensor)
-    with pytest.raises(RuntimeError):
+    if name == "masked_gather" and power == 1:  # linear: its gradient depends on nothing
+        assert_same([second_derivative(out.sum(), x)], [torch.ones_like(x)])
+        return
+    with pytest.raises(RuntimeError, match="no second derivatives"):
         second_derivative(out.pow(power).sum(), x)
 
 
@@ -243,7 +246,7 @@ def test_a_second_derivative_of_the_librarys_operator_is_an_error(device: str, o
     arguments = opcheck_arguments(op, device)[0]
     out = getattr(torch.ops.mvp_kernels, op)(*arguments)
     loss = out[0] if isinstance(out, tuple) else out.pow(3).sum()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="no second derivatives"):
         second_derivative(loss, arguments[0])
 
 

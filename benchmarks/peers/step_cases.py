@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from counts import flops_of
 from peers.plain_step import PlainStep
 
 from mvp_fast.config.schema import (
@@ -155,3 +156,12 @@ def work(step: Callable[[Batch], Any], batches: list[Batch], steps: int) -> Call
 def plainly(step: PlainStep) -> Callable[[Batch], Any]:
     """The plain step, called with a batch as ours is."""
     return lambda batch: step(batch.images_BHWC, batch.masked_BM)
+
+
+def flops_an_image(case: Case) -> float:
+    """Floating-point operations of an image in the plain step: every token in every layer, forward and backward.
+
+    So what ours leaves out counts in its favour, and shares of the limit can be compared with those of other projects.
+    """
+    two = case.of(2)
+    return flops_of(work(plainly(make_steps(two).plain["eager"]), make_batches(two), 1)) / 2

@@ -46,11 +46,12 @@ class Operator:
         self.overload = getattr(torch.ops.mvp_kernels, name).default
         self.eager = forward
         if setup is not None and backward is not None:
+            backward = differentiable_once(backward)
             torch.library.register_autograd(f"mvp_kernels::{name}", backward, setup_context=setup, lib=LIBRARY)
             self.eager = _autograd_function(name, forward, setup, backward).apply
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args) if traced() else self.eager(*args)
+        return self.overload(*args) if traced(*args) else self.eager(*args)
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,9 +68,49 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def traced() -> bool:
-    """Whether something looks on that must see operators: a compiler, a tracer, fake tensors, a dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def traced(*args: Any) -> bool:
+    """Whether something looks on that must see operators: a compiler, a tracer, a dispatch mode, or fake tensors and
+    other subclasses among the arguments, which bring a mode of their own."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass of which a second derivative is an error, where autograd would take it for 0.
+
+    torch's own once_differentiable does not see that a gradient depends on what `ctx` has saved.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *upstream: Tensor | None) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return gradients
+        on = [t for t in (*upstream, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
+        if not isinstance(gradients, tuple):
+            return _Final.apply(gradients, *on)
+        return tuple(None if gradient is None else _Final.apply(gradient, *on) for gradient in gradients)
+
+    return guarded
+
+
+class _Final(torch.autograd.Function):
+    """(gradient, tensors that it depends on) -> the gradient; going back from it is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        raise RuntimeError(
+            "mvp_kernels has no second derivatives in Triton; impl='reference' (or MVP_KERNELS=reference) has them"
+        )
 
 
 def _autograd_function(
@@ -80,5 +121,4 @@ def _autograd_function(
         setup(ctx, args, results)
         return results
 
-    once = torch.autograd.function.once_differentiable(backward)
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(once)})
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(backward)})

@@ -86,7 +86,8 @@ def _patchify(images_BHWC: Tensor, patch: int, normalization: Normalization) -> 
     x_BCHW = torch.stack([(images_BHWC[..., c].to(wide) / 255 - mean[c]) / std[c] for c in range(colours)], dim=1)
     rows, columns = height // patch, width // patch
     x_BCRpKq = x_BCHW.to(dtype).reshape(images, colours, rows, patch, columns, patch)
-    return x_BCRpKq.permute(0, 2, 4, 1, 3, 5).reshape(images, rows * columns, colours * patch * patch)
+    # With patches of a pixel, reshape alone would be a view of other strides.
+    return x_BCRpKq.permute(0, 2, 4, 1, 3, 5).reshape(images, rows * columns, colours * patch * patch).contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:

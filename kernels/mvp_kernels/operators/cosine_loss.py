@@ -72,9 +72,10 @@ def cosine_loss(
 ) -> Tensor:
     """See `mvp_kernels.cosine_loss`."""
     shape, mean = pred_MD.shape[:-1], reduction == "mean"
-    pred, target = pred_MD.reshape(shape.numel(), -1), target_MD.reshape(shape.numel(), -1)
+    tokens_by_width = (shape.numel(), pred_MD.shape[-1])  # by name: -1 is ambiguous where there is no token
+    pred, target = pred_MD.reshape(tokens_by_width), target_MD.reshape(tokens_by_width)
     weight = None if weight_M is None else weight_M.reshape(-1)
-    if traced():
+    if traced(pred, target, weight):
         loss: Tensor = cosine_loss_op(pred, target, weight, mean, eps)[0]
     else:
         wanted = (torch.is_grad_enabled() and t.requires_grad for t in (pred, target))

@@ -96,9 +96,10 @@ def guided_loss(
     if torch.is_grad_enabled() and target_BND.requires_grad:
         return _one_by_one(pred_BMD, target_BND, index_BM, kind, reduction, eps, upstream)
     shape, mean = pred_BMD.shape[:-1], reduction == "mean"
-    pred = pred_BMD.reshape(shape.numel(), -1)
-    target = target_BND.reshape(shape.numel(), -1) if index_BM is None else target_BND
-    if traced():
+    tokens_by_width = (shape.numel(), pred_BMD.shape[-1])  # by name: -1 is ambiguous where there is no token
+    pred = pred_BMD.reshape(tokens_by_width)
+    target = target_BND.reshape(tokens_by_width) if index_BM is None else target_BND
+    if traced(pred, target, index_BM):
         loss: Tensor = guided_loss_op(pred, target, index_BM, kind, mean, eps)[0]
     else:
         wanted = torch.is_grad_enabled() and pred.requires_grad

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvp_kernels.operator import on_its_device
+from mvp_kernels.operator import differentiable_once, on_its_device
 from mvp_kernels.operators.score import Gradients, Rule, score, score_again
 
 
@@ -44,7 +44,7 @@ class ScoreInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         pred_MD, target, index_BM, weight_M = ctx.saved_tensors
         gradients, prepared_for = ctx.gradients, ctx.prepared_for

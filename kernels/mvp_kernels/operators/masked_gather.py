@@ -77,7 +77,9 @@ def scatter_kernel(
     place_R = tl.full([ROWS], -1, tl.int32)  # which m took this token
     for stretch in range(STRETCHES):
         m_K = stretch * STRETCH + tl.arange(0, STRETCH)
-        index_K = tl.load(index_ptr + image * taken + m_K, mask=m_K < taken, other=-1).to(tl.int32)
+        index_K = tl.load(index_ptr + image * taken + m_K, mask=m_K < taken, other=-1)
+        known_K = (index_K >= 0) & (index_K < tokens)  # what is out of range must not wrap around to a token
+        index_K = tl.where(known_K, index_K, -1).to(tl.int32)
         taken_RK = index_K[None, :] == token_R[:, None]
         place_R = tl.maximum(place_R, tl.max(tl.where(taken_RK, m_K[None, :], -1), axis=1))
     inside_RD = (token_R < tokens)[:, None] & (column_D < width)[None, :]
