@@ -85,7 +85,6 @@ def measure(benchmark: Any, session: Session, case: Case, batches: int, compiled
 
         return Variant(run, countable=True, compiled=name.endswith("compiled"))
 
-
     def flops_an_image() -> float:
         """Of open_clip's forward over all tokens: what ours leaves out counts in its favour."""
         two = inputs(case.of(2))[0]
