@@ -68,7 +68,7 @@ def run_verb(*words: Any, check: bool = True, **options: Any) -> subprocess.Comp
     """Run `mvp-fast` in a process of its own; with `check`, a failure shows what it printed."""
     command = [sys.executable, "-m", "mvp_fast", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", **options.pop("env", {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **options)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850, **options)
     if check and done.returncode != 0:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

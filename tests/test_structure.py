@@ -31,8 +31,8 @@ def imports_of(source: str) -> set[str]:
 
 def wrong_imports(room: str, source: str) -> list[str]:
     """Imports from a room above."""
-    above = ROOMS[: ROOMS.index(room)]
-    return [name for name in imports_of(source) if name.split(".")[0] == "mvp_fast" and name.split(".")[1] in above]
+    above = tuple(f"mvp_fast.{each}." for each in ROOMS[: ROOMS.index(room)])
+    return [name for name in imports_of(source) if f"{name}.".startswith(above)]
 
 
 def python_files() -> list[Path]:

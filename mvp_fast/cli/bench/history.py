@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
+from mvp_fast.cli.checkout import find_benchmarks
 from mvp_fast.cli.parse import parse
-from mvp_fast.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True)
@@ -30,17 +28,5 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns its exit code."""
     options = parse(Options, argv, "bench history")
-    sys.path.insert(0, str(_benchmarks()))  # no package: its modules find each other like this
+    find_benchmarks("bench history")
     return int(importlib.import_module("history").run(**vars(options)))
-
-
-def _benchmarks() -> Path:
-    """The folder benchmarks/ of the checkout that this package is imported from."""
-    folder = Path(__file__).resolve().parents[3] / "benchmarks"
-    if not (folder / "history.py").is_file():
-        raise EnvironmentProblem(
-            "The benchmarks are not installed with the package; they are run from a checkout",
-            where=str(folder),
-            fix="Clone the repository, run `make install` there, and call its .venv/bin/mvp-fast bench history",
-        )
-    return folder

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-import mvp_fast
+from mvp_fast.cli.checkout import find_benchmarks
 from mvp_fast.cli.parse import parse
-from mvp_fast.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,5 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; returns its exit code."""
     options = parse(Options, argv, "bench")
-    benchmarks = Path(mvp_fast.__file__).resolve().parents[1] / "benchmarks"
-    if not (benchmarks / "regression.py").is_file():
-        raise EnvironmentProblem(
-            "The benchmarks are not installed with the package; they are run from a checkout",
-            where=str(benchmarks),
-            fix="Clone the repository, run `make install` there, and call its .venv/bin/mvp-fast bench",
-        )
-    sys.path.insert(0, str(benchmarks))  # no package: its modules find each other like this
+    find_benchmarks("bench")
     return int(importlib.import_module("regression").main(options, argv))
