@@ -1,7 +1,7 @@
-"""The corpus of odd and bad image files, made by code: what every part that reads images must take, and what it must not.
+"""The corpus of odd and bad image files, made by code: what every part that reads images must take, and must not.
 
-`GOOD` decodes, whatever the name says; `BAD` does not, and `BAD_REASONS` has a part of what is said of it. `FLIPPED` has
-single bits flipped in the compressed pixels: libjpeg decodes past such damage, to pixels that nobody can vouch for.
+`GOOD` decodes, whatever the name says; `BAD` does not, and `BAD_REASONS` has a part of what is said of it. `flipped`
+are files with a bit flipped in the compressed pixels: libjpeg decodes past such damage, to pixels nobody can vouch for.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ _bad("cut thumbnail.jpg", WITH_THUMBNAIL[:-400], "cut short")
 _bad("padded thumbnail.jpg", WITH_THUMBNAIL[:-400] + bytes(400), "cut short")
 _bad("cut named.jpg", encode("PNG")[:-900])
 _bad("damaged tables.jpg", BASELINE[: BASELINE.index(b"\xff\xc4") + 5] + b"\xff" * 16 + BASELINE[600:])
+_at = BASELINE.index(b"\xff\xc4") + 5  # more codes than any Huffman table has: only decoding tells
+_bad("huffman.jpg", BASELINE[:_at] + b"\xff" * 16 + BASELINE[_at + 16 :], "Pillow does not decode it")
 for _name, _data in (("baseline", BASELINE), ("progressive", PROGRESSIVE)):
     for _cut in CUTS:
         _kept = _data[: int(len(_data) * _cut)]

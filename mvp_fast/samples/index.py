@@ -142,6 +142,16 @@ class Index:
             return f"synthetic/{range(len(self))[i]:012d}"
         return str(self._keys[int(i)].as_py())
 
+    def keys(self, sample_B: npt.NDArray[np.int64]) -> pa.LargeStringArray:
+        """The names of these samples, in their order.
+
+        Raises:
+            DataError: the index is synthetic.
+        """
+        if self._keys is None:
+            raise DataError("A synthetic index has no images", fix="Index a folder of images")
+        return self._keys.take(sample_B)
+
     def file(self, i: int) -> Path:
         """The file that holds sample i.
 
