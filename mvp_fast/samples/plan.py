@@ -12,7 +12,6 @@ Shape legend: B rows, N patches (row-major over the grid), M masked patches.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -24,6 +23,7 @@ from mvp_fast.samples.crops import crop_boxes, flips
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.masks import block_masks
 from mvp_fast.samples.order import order
+from mvp_fast.samples.plan_check import check_crops, check_mask, check_ranks
 from mvp_fast.samples.random import BLOCKS, Stream, draws
 from mvp_fast.samples.sharded_order import ShardedOrder
 
@@ -73,10 +73,14 @@ class PlanRows:
 
     def replace_row(self, i: int, other_rows: PlanRows, j: int) -> PlanRows:
         """A copy in which row i is row j of `other_rows`; these rows stay as they are."""
+        return self.replace_rows(i, other_rows.slice(j, j + 1))
+
+    def replace_rows(self, i: int, other_rows: PlanRows) -> PlanRows:
+        """A copy in which the rows from i on are `other_rows`; these rows stay as they are."""
         copies = []
         for field in fields(self):
             column = getattr(self, field.name).copy()
-            column[i] = getattr(other_rows, field.name)[j]
+            column[i : i + len(other_rows)] = getattr(other_rows, field.name)
             copies.append(column)
         return PlanRows(*copies)
 
@@ -120,10 +124,10 @@ class SamplePlan:
                 does not divide into patches, more masked patches than patches, or an index without shards for the order
                 `sharded`.
         """
-        _check_ranks(seed, batch_size, rank, world, data.repeat)
-        _check_crops(data, patch_size)
+        check_ranks(seed, batch_size, rank, world, data.repeat)
+        check_crops(data, patch_size)
         side = data.image_size // patch_size
-        _check_mask(mask, side)
+        check_mask(mask, side)
         self.index, self.seed, self.batch_size, self.rank, self.world = index, seed, batch_size, rank, world
         self.local_batch_size = batch_size // world
         self.image_size, self.patch_size, self.grid = data.image_size, patch_size, (side, side)
@@ -265,63 +269,3 @@ def _sharded_order(index: Index, seed: int, data: DataConfig) -> ShardedOrder:
     if data.shuffle_window < 1:
         raise ConfigError("a window has at least 1 sample", where=f"data.shuffle_window is {data.shuffle_window}")
     return ShardedOrder(starts, seed, data.shuffle_window)
-
-
-def _check_ranks(seed: int, batch_size: int, rank: int, world: int, repeat: int) -> None:
-    if not 0 <= seed < 1 << 64:
-        raise ConfigError("the seed must be in 0 to 2**64 - 1", where=f"seed is {seed}")
-    if batch_size < 1:
-        raise ConfigError("a batch needs at least one image", where=f"train.batch_size is {batch_size}")
-    if world < 1 or not 0 <= rank < world:
-        raise ConfigError("the rank must be in 0 to world - 1", where=f"rank {rank} of {world}")
-    if batch_size % world:
-        raise ConfigError(
-            f"the global batch does not divide by the {world} ranks",
-            where=f"train.batch_size is {batch_size}",
-            fix=f"take a multiple of {world}, such as {batch_size + world - batch_size % world}",
-        )
-    if repeat < 1:
-        raise ConfigError("a sample comes at least once", where=f"data.repeat is {repeat}")
-    if batch_size // world % repeat:
-        raise ConfigError(
-            f"the {batch_size // world} images of a rank's batch do not divide into groups of {repeat}",
-            where=f"train.batch_size is {batch_size}, data.repeat {repeat}",
-            fix=f"take a multiple of {world * repeat}",
-        )
-
-
-def _check_crops(data: DataConfig, patch_size: int) -> None:
-    if patch_size < 1 or data.image_size < 1 or data.image_size % patch_size:
-        raise ConfigError(
-            f"the crop does not divide into patches of {patch_size} pixels",
-            where=f"data.image_size is {data.image_size}",
-            fix=f"take a multiple of {patch_size}",
-        )
-    low, high = data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ConfigError(
-            "two shares of the area are needed, 0 < least <= greatest <= 1", where=f"data.crop_scale is {low} {high}"
-        )
-    low, high = data.crop_ratio
-    if not 0 < low <= high < math.inf:
-        raise ConfigError(
-            "two aspect ratios are needed, 0 < least <= greatest", where=f"data.crop_ratio is {low} {high}"
-        )
-    if not 0 <= data.flip <= 1:
-        raise ConfigError("a probability is in 0 to 1", where=f"data.flip is {data.flip}")
-
-
-def _check_mask(mask: MaskConfig, side: int) -> None:
-    if not 0 <= mask.patches <= side * side:
-        raise ConfigError(
-            f"an image has {side} x {side} = {side * side} patches, of which 0 to all can be masked",
-            where=f"mask.patches is {mask.patches}",
-        )
-    if side * side > 4 * BLOCKS:
-        raise ConfigError(f"masks go up to 512 x 512 patches, not {side} x {side}", where="data.image_size")
-    if mask.min_block < 1:
-        raise ConfigError("a masked rectangle has at least 1 patch", where=f"mask.min_block is {mask.min_block}")
-    if not 0 < mask.min_aspect <= 1:
-        raise ConfigError(
-            "the least aspect ratio is above 0 and at most 1", where=f"mask.min_aspect is {mask.min_aspect}"
-        )
