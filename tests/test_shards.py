@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mvp_fast.samples.index import COLUMNS, Index
 from mvp_fast.samples.index_build import build_index, write_table
 from mvp_fast.samples.plan import PlanRows, SamplePlan
 from tests.bad_images import BAD, BAD_REASONS, DECODING, GOOD, encode, picture, write_corpus
+from tests.conftest import losses
 
 SIZE = 30_720
 
@@ -253,6 +255,26 @@ def test_a_shard_of_shards(source: Index, shards: Path, tmp_path: Path) -> None:
     index, old = Index.open(tmp_path / "out"), by_key(source)
     for i in range(70):
         assert encoded.read(index, i) == encoded.read(source, old[index.key(i)])
+
+
+def test_training_on_shards_in_their_order_and_going_on(
+    scenes: Path, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Six steps, and the last two again from the fourth's checkpoint. An image is seen train.epochs times in all."""
+    out = tmp_path / "out"
+    assert call(scenes, "--to", "shards", "--shard-size", "100KB", "--out", out, "--workers", 1) == 0
+    options = {"data__index": out, "data__order": "sharded", "data__shuffle_window": 20, "data__repeat": 2}
+    options |= {"train__epochs": 0.5, "train__checkpoint_every": 4}  # of 96 images, in batches of 8
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    train(whole, **options)
+    (checkpoint,) = (whole / "checkpoints").glob("*4")
+    train(rest, **options, resume=checkpoint)
+    assert sorted(losses(whole)) == [1, 2, 3, 4, 5, 6]
+    assert losses(rest) == {step: losses(whole)[step] for step in (5, 6)}
+    options["data__order"] = "shuffled"
+    refused = train(tmp_path / "other", check=False, **options, resume=checkpoint)
+    assert refused.returncode == 2
+    assert "order was sharded, is shuffled" in refused.stderr
 
 
 # --- Interrupted
