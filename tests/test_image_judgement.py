@@ -164,7 +164,7 @@ def test_flipped_bits_in_the_pixels_touch_no_other_sample(tmp_path: Path, name: 
 def test_too_many_bad_ones_end_with_exit_code_3(by_headers: Index, name: str) -> None:
     threads = threading.active_count()
     with pytest.raises(DataError, match=r"bad_sample_budget allows a share of 0\.1") as caught:
-        run(name, plan_for(by_headers, bad_sample_budget=0.1), 12)
+        run(name, plan_for(by_headers, bad_sample_budget=0.1, bad_sample_probation=20), 12)
     assert caught.value.exit_code == 3
     assert threading.active_count() == threads
 
