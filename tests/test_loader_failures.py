@@ -262,6 +262,59 @@ def test_resuming_among_bad_samples_gives_the_same_bits(damaged: Index, name: st
             assert torch.equal(batch.images_BHWC, whole[batch.step].images_BHWC)
 
 
+@pytest.mark.parametrize("repeat", [2, 4])
+def test_a_group_of_crops_gets_one_stand_in(damaged: Index, repeat: int) -> None:
+    steps = len(damaged) * repeat // BATCH + 1
+    found = {name: run(name, damaged, steps, bad_sample_budget=1.0, repeat=repeat) for name in DECODING}
+    plan, replaced = plan_for(damaged, repeat=repeat), 0
+    bad = found["torchvision"][1]
+    assert set(bad) == {f"{name}.jpg" for name in [*DAMAGE, "missing"]}
+    for name in DECODING:
+        batches, failures = found[name]
+        assert failures == bad
+        for batch in batches:
+            planned = plan.step(batch.step)
+            for i in range(BATCH):
+                expected = planned.slice(i, i + 1)
+                while damaged.key(int(expected.sample_B[0])) in bad:
+                    expected = plan.stand_in(expected, 0)
+                for column in ("sample_B", "x_B", "y_B", "width_B", "height_B", "flip_B", "attempt_B", "mask_BN"):
+                    assert np.array_equal(getattr(batch.rows, column)[i], getattr(expected, column)[0])
+            sample_GR = batch.rows.sample_B.reshape(-1, repeat)
+            assert (sample_GR == sample_GR[:, :1]).all()
+            replaced += int((batch.rows.attempt_B > 0).sum())
+    assert replaced > len(DAMAGE) * repeat
+    for a, b in zip(found["torchvision"][0], found["dali"][0], strict=True):
+        assert (a.images_BHWC.int() - b.images_BHWC.int()).abs().float().mean() < 1
+
+
+def test_rows_of_a_group_settled_one_by_one_end_alike(damaged: Index) -> None:
+    """As a backend does that decodes for each row: the same stand-ins, and the same count against the budget."""
+    plan = plan_for(damaged, repeat=4, bad_sample_budget=1.0)
+    together, apart = BadSamples(plan.data), BadSamples(plan.data)
+
+    def attempt(rows: Any) -> int:
+        assert len(set(rows.sample_B.tolist())) == 1
+        encoded.decode(damaged, int(rows.sample_B[0]), encoded.read(damaged, int(rows.sample_B[0])))
+        return len(rows)
+
+    for step in range(12):
+        rows = plan.step(step)
+        for i in range(0, BATCH, 4):
+            group = settle(plan, step, rows, i, attempt, count=4)
+            assert group.value == 4
+            together.account(group)
+            for j in range(4):
+                one = settle(plan, step, rows, i + j, attempt)
+                apart.account(one)
+                for column in ("sample_B", "x_B", "y_B", "width_B", "height_B", "flip_B", "attempt_B", "position_B"):
+                    assert getattr(one.rows, column)[0] == getattr(group.rows, column)[j]
+    assert (together.seen, together.bad) == (apart.seen, apart.bad)
+    assert together.bad % 4 == 0
+    assert together.bad > 0
+    assert together.failures == apart.failures
+
+
 def test_dali_mends_its_pipeline_once_for_each_batch_it_failed_on(
     damaged: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:

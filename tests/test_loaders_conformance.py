@@ -401,6 +401,56 @@ def test_threads_are_the_cores_divided_by_the_ranks() -> None:
         assert given.threads == 5
 
 
+# --- Repeated augmentation
+
+DECODE_ONCE = ("torchvision", "dali")
+"""Backends that decode an image once for all its crops in a row; the others need not."""
+
+
+@pytest.mark.parametrize("repeat", [2, 4])
+@pytest.mark.parametrize("kind", ["photos", "oddities"])
+@pytest.mark.parametrize("name", DECODING)
+def test_repeated_crops_are_those_of_single_decodes(
+    request: pytest.FixtureRequest, kind: str, name: str, repeat: int
+) -> None:
+    """The slow way: the same rows, each decoded by itself."""
+    index: Index = request.getfixturevalue(kind)
+    plan, single = make_plan(index, repeat=repeat), forced(index)
+    batches = take(name, plan, 1, 6)
+    boxes = set()
+    for batch in batches:
+        rows = batch.rows
+        assert_rows_equal(rows, plan.step(batch.step))
+        assert (rows.sample_B.reshape(-1, repeat) == rows.sample_B[::repeat, None]).all()
+        single.fixed = rows
+        (expected,) = take(name, single, 0, 1)
+        assert torch.equal(batch.images_BHWC, expected.images_BHWC)
+        boxes |= {tuple(int(c[i]) for c in (rows.x_B, rows.y_B, rows.width_B, rows.height_B)) for i in range(BATCH)}
+    assert len(boxes) > 0.8 * len(batches) * BATCH, "crops of an image differ"
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_repeated_crops_resume_and_divide_among_ranks(photos: Index, name: str) -> None:
+    whole = take(name, make_plan(photos, repeat=2), 0, 5)
+    (later,) = take(name, make_plan(photos, repeat=2), 3, 1)
+    assert torch.equal(later.images_BHWC, whole[3].images_BHWC)
+    for world in (2, 4):
+        parts = [take(name, make_plan(photos, repeat=2, rank=rank, world=world), 3, 2) for rank in range(world)]
+        for k in (0, 1):
+            assert torch.equal(torch.cat([part[k].images_BHWC for part in parts]), whole[3 + k].images_BHWC)
+
+
+@pytest.mark.parametrize("name", DECODE_ONCE)
+def test_repeated_crops_take_one_decode(photos: Index, name: str) -> None:
+    loader = loader_for(name)
+    for _ in islice(loader.batches(make_plan(photos, repeat=4), 0), 5):
+        pass
+    stats = loader.stats()
+    loader.close()
+    resized = {"torchvision": 5 * BATCH, "dali": 0}[name]
+    assert stats.items == {"read": 5 * BATCH // 4, "decode": 5 * BATCH // 4, "transform": resized, "copy": 0}
+
+
 # --- Nothing is left behind
 
 

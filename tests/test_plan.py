@@ -139,6 +139,56 @@ def test_boxes_and_masks_change_from_epoch_to_epoch(index: Index) -> None:
     assert (by_sample[0] != by_sample[1]).mean() > 0.5
 
 
+@pytest.mark.parametrize("repeat", [2, 3, 8])
+def test_repeats_are_rows_in_a_row(index: Index, repeat: int) -> None:
+    once = make_plan(index, batch_size=1)
+    plan = make_plan(index, batch_size=24, data=DataConfig(repeat=repeat))
+    assert plan.epoch_rows == 37 * repeat
+    stream = joined([plan.step(step) for step in range(37 * repeat * 2 // 24 + 1)])
+    for g in range(37 * repeat * 2):
+        assert stream.sample_B[g] == once.step(g // repeat).sample_B[0]
+        assert (stream.epoch_B[g], stream.position_B[g]) == divmod(g, 37 * repeat)
+    epoch = stream.slice(0, 37 * repeat)
+    assert np.array_equal(np.bincount(epoch.sample_B), np.full(37, repeat))
+    assert np.array_equal(epoch.width_B, crop_boxes(
+        6, epoch.epoch_B, epoch.position_B, index.width[epoch.sample_B], index.height[epoch.sample_B],
+        (0.2, 1.0), (3 / 4, 4 / 3),
+    )[2])  # fmt: skip
+    masks = epoch.mask_BN.reshape(37, repeat, -1)
+    assert (masks[:, 0] != masks[:, 1]).any(axis=1).all(), "each crop has its own mask"
+    flips_GR = epoch.flip_B.reshape(37, repeat)
+    assert 0 < (flips_GR[:, 0] != flips_GR[:, 1]).sum() < 37
+    assert_same(plan.rows(1, np.arange(5)), stream.slice(37 * repeat, 37 * repeat + 5))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_repeats_on_ranks(index: Index, world: int) -> None:
+    data = DataConfig(repeat=2)
+    whole = make_plan(index, data=data)
+    ranks = [make_plan(index, data=data, rank=rank, world=world) for rank in range(world)]
+    for step in (0, 9, 10, 1000):
+        assert_same(joined([plan.step(step) for plan in ranks]), whole.step(step))
+
+
+def test_a_repeat_of_one_is_no_repeat(index: Index) -> None:
+    assert make_plan(index, data=DataConfig(repeat=1)).state() == make_plan(index).state()
+    assert "repeat" not in make_plan(index).state()
+    state = make_plan(index, data=DataConfig(repeat=2)).state()
+    assert state == {**make_plan(index).state(), "repeat": 2}
+
+
+def test_stand_ins_of_a_group_are_one_sample(index: Index) -> None:
+    plan = make_plan(index, data=DataConfig(repeat=4))
+    rows = plan.step(3)
+    for i in (0, 4):
+        group = plan.stand_ins(rows.slice(i, i + 4))
+        assert len(set(group.sample_B.tolist())) == 1
+        assert group.sample_B[0] != rows.sample_B[i]
+        for j in range(4):
+            assert_same(group.slice(j, j + 1), plan.stand_in(rows, i + j))
+            assert_same(group.slice(j, j + 1), plan.rows(rows.epoch_B[i + j], rows.position_B[i + j], attempt=1))
+
+
 def test_positions_beyond_32_bits() -> None:
     n = 2**33 + 12_345
     plan = make_plan(Index.synthetic(n), batch_size=4)
@@ -255,6 +305,9 @@ def test_a_plan_travels_to_other_processes(index: Index) -> None:
         ({"world": 0}, "of 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is"),
+        ({"data": DataConfig(repeat=3)}, "train.batch_size is 8, data.repeat 3"),
+        ({"data": DataConfig(repeat=4), "world": 4}, "take a multiple of 16"),
+        ({"data": DataConfig(repeat=0)}, "data.repeat is 0"),
         ({"data": DataConfig(image_size=225)}, "data.image_size is 225"),
         ({"data": DataConfig(image_size=0)}, "data.image_size is 0"),
         ({"data": DataConfig(image_size=8208)}, "512 x 512"),

@@ -22,6 +22,8 @@ def check_config(config: Config) -> None:
         ("train.log-every", train.log_every),
         ("optim.reference-batch-size", optim.reference_batch_size),
         ("data.prefetch", data.prefetch),
+        ("data.shuffle-window", data.shuffle_window),
+        ("data.repeat", data.repeat),
         ("data.image-size", data.image_size),
         ("data.bad-sample-probation", data.bad_sample_probation),
         ("mask.min-block", config.mask.min_block),

@@ -32,6 +32,13 @@ class DataConfig:
     """The backend; all see the same samples, boxes and masks. `synthetic` repeats one resident batch (a ceiling)."""
     threads: int = 0
     """CPU threads a rank for reading and decoding; 0 takes this machine's cores divided by its ranks."""
+    order: Literal["shuffled", "sharded"] = "shuffled"
+    """shuffled mixes all samples; sharded reads an index of shards a few shards at a time, for disks that seek slowly
+    and for storage in the network."""
+    shuffle_window: int = 65536
+    """Samples mixed at a time in the order `sharded`: neighbours in their shards come within two windows."""
+    repeat: int = 1
+    """Crops from each decoded image, in a row, in the same batch. An image is still seen train.epochs times in all."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
     image_size: int = 224
@@ -136,7 +143,7 @@ class TrainConfig:
     """Length, batch, precision and what is kept."""
 
     epochs: float = 300.0
-    """Passes over the data; used where `steps` is 0."""
+    """Times that each image is seen; used where `steps` is 0. With data.repeat r, 1/r as many decodes."""
     steps: int = 0
     """Optimizer steps; 0 derives them from `epochs`."""
     batch_size: int = 2048

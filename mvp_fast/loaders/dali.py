@@ -12,6 +12,9 @@ one by one and replaced by the policy that all backends share, the pipeline is b
 are fed again: no other sample is touched. DALI reads a JPEG down to the box's last row only; damage below it goes
 unnoticed, where the reference, which decodes everything, may call the sample bad.
 
+With data.repeat, everything above the pipeline goes by groups: one encoded image, settled and decoded once, and as many
+rows as it has crops.
+
 Shape legend: B images, H and W pixels, C channels.
 """
 
@@ -48,12 +51,12 @@ _BLANK_SIDE = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """One row, ready for DALI, or ready altogether.
+    """One group, ready for DALI, or ready altogether.
 
     Attributes:
         data: the encoded image.
         read: seconds it took to read, wall time.
-        crop: the finished crop of a sample that DALI does not decode.
+        crop: the finished crops of a sample that DALI does not decode.
     """
 
     data: Encoded
@@ -66,27 +69,38 @@ class _Step:
     """A batch that is read, or given up.
 
     Attributes:
-        settled: one entry a row; fewer where the last one found no stand-in (its value is None).
+        groups: how many groups the rows are.
+        settled: one entry a group; fewer where the last one found no stand-in (its value is None).
         error: what went wrong in the reading threads beyond bad samples.
     """
 
     step: int
     rows: PlanRows
+    groups: int
     settled: list[Settled[Prepared]]
     error: BaseException | None = None
 
-    def prepared(self, i: int) -> Prepared | None:
-        """Row `i`; None where it found no stand-in or was not reached."""
-        return self.settled[i].value if i < len(self.settled) else None
+    def prepared(self, group: int) -> Prepared | None:
+        """None where the group found no stand-in or was not reached."""
+        return self.settled[group].value if group < len(self.settled) else None
+
+    def rows_of(self, group: int) -> PlanRows:
+        """The group's rows."""
+        size = len(self.rows) // self.groups
+        return self.rows.slice(group * size, (group + 1) * size)
+
+    def replace(self, group: int, settled: Settled[Prepared]) -> None:
+        """Put stand-ins in place of the group's rows."""
+        self.rows = self.rows.replace_rows(group * (len(self.rows) // self.groups), settled.rows)
 
     def for_dali(self) -> dict[int, Encoded]:
-        """The rows that are DALI's to decode."""
-        rows = ((i, settled.value) for i, settled in enumerate(self.settled))
-        return {i: value.data for i, value in rows if value is not None and value.crop is None}
+        """The groups that are DALI's to decode."""
+        groups = ((i, settled.value) for i, settled in enumerate(self.settled))
+        return {i: value.data for i, value in groups if value is not None and value.crop is None}
 
     def given_up(self) -> bool:
         """It will never be whole; the reason is raised when it is this batch's turn."""
-        return self.error is not None or any(self.prepared(i) is None for i in range(len(self.rows)))
+        return self.error is not None or any(self.prepared(i) is None for i in range(self.groups))
 
 
 @functools.cache
@@ -133,7 +147,12 @@ class _DaliRun:
     def _new_pipeline(self) -> CropPipeline:
         plan = self._plan
         return CropPipeline(
-            plan.local_batch_size, plan.image_size, self._interpolation, threads=self._threads, depth=IN_FLIGHT
+            plan.local_batch_size // plan.repeat,
+            plan.image_size,
+            self._interpolation,
+            threads=self._threads,
+            depth=IN_FLIGHT,
+            repeat=plan.repeat,
         )
 
     def _fill(self) -> None:
@@ -149,21 +168,24 @@ class _DaliRun:
         step, rows = self._next_step, self._plan.step(self._next_step)
         self._next_step += 1
 
+        repeat = self._plan.repeat
+        rows_a_task = max(1, ROWS_A_TASK // repeat) * repeat
+
         def work(first: int) -> list[Settled[Prepared]]:
             done = []
-            for i in range(first, min(first + ROWS_A_TASK, len(rows))):
-                done.append(settle(self._plan, step, rows, i, self._prepare))
+            for i in range(first, min(first + rows_a_task, len(rows)), repeat):
+                done.append(settle(self._plan, step, rows, i, self._prepare, count=repeat))
                 if done[-1].value is None:
                     break
             return done
 
-        futures = [self._pool.submit(work, first) for first in range(0, len(rows), ROWS_A_TASK)]
+        futures = [self._pool.submit(work, first) for first in range(0, len(rows), rows_a_task)]
         self._reading.append((step, rows, futures))
 
     def _collect(self) -> _Step:
         """Wait for the oldest batch being read. Errors are kept until it is that batch's turn."""
         number, rows, futures = self._reading.popleft()
-        step = _Step(number, rows, [])
+        step = _Step(number, rows, len(rows) // self._plan.repeat, [])
         for future in futures:
             try:
                 step.settled += future.result()
@@ -173,52 +195,53 @@ class _DaliRun:
                 for other in futures:
                     other.cancel()
                 break
-        for i, settled in enumerate(step.settled):
+        for group, settled in enumerate(step.settled):
             if settled.failures:
-                step.rows = step.rows.replace_row(i, settled.rows, 0)
+                step.replace(group, settled)
         return step
 
-    def _prepare(self, row: PlanRows) -> Prepared:
-        """Read one row's sample; one that is no plain JPEG is also decoded and cropped, by Pillow."""
+    def _prepare(self, rows: PlanRows) -> Prepared:
+        """Read one group's sample; one that is no plain JPEG is also decoded and cropped, by Pillow."""
         start = time.perf_counter()
-        data = encoded.read(self._plan.index, int(row.sample_B[0]))
+        data = encoded.read(self._plan.index, int(rows.sample_B[0]))
         read = time.perf_counter() - start
-        return Prepared(data, read, None if data.plain_jpeg else self._crop(row, data))
+        return Prepared(data, read, None if data.plain_jpeg else self._crop(rows, data))
 
-    def _prepare_tested(self, row: PlanRows) -> Prepared:
+    def _prepare_tested(self, rows: PlanRows) -> Prepared:
         """As `_prepare`, but Pillow has decoded the whole image."""
-        prepared = self._prepare(row)
+        prepared = self._prepare(rows)
         if prepared.crop is None:
-            encoded.decode(self._plan.index, int(row.sample_B[0]), prepared.data)
+            encoded.decode(self._plan.index, int(rows.sample_B[0]), prepared.data)
         return prepared
 
-    def _crop(self, row: PlanRows, data: Encoded) -> Crop:
-        return carry_out(self._plan.index, row, self._plan.image_size, self._interpolation, data)
+    def _crop(self, rows: PlanRows, data: Encoded) -> Crop:
+        return carry_out(self._plan.index, rows, self._plan.image_size, self._interpolation, data)
 
     def _feed(self, step: _Step) -> None:
         rows, jpegs = step.rows, step.for_dali()
         boxes_B4 = np.stack([rows.x_B, rows.y_B, rows.width_B, rows.height_B], axis=1)
-        data = []
-        for i in range(len(rows)):
-            if i in jpegs:
-                data.append(jpegs[i].data)
+        data, repeat = [], self._plan.repeat
+        for group in range(step.groups):
+            if group in jpegs:
+                data.append(jpegs[group].data)
             else:
                 data.append(_blank())
-                boxes_B4[i] = (0, 0, _BLANK_SIDE, _BLANK_SIDE)
+                boxes_B4[group * repeat : (group + 1) * repeat] = (0, 0, _BLANK_SIDE, _BLANK_SIDE)
         self._pipeline.feed(data, boxes_B4, rows.flip_B)
 
     def _finish(self, step: _Step, images_BHWC: torch.Tensor) -> Batch:
-        for i, settled in enumerate(step.settled):
+        repeat = self._plan.repeat
+        for group, settled in enumerate(step.settled):
             self._failures.account(settled)
             if settled.value is None:
                 continue
             self._stats.add("read", settled.value.read, 1)
             done = settled.value.crop
             if done is not None:
-                images_BHWC[i] = torch.from_numpy(done.image_HWC.copy())
+                images_BHWC[group * repeat : (group + 1) * repeat] = torch.from_numpy(done.images_RHWC.copy())
                 self._stats.add("decode", done.decode, 0)
                 self._stats.add("transform", done.transform, 0)
-        self._book_dali(len(step.rows))
+        self._book_dali(step.groups)
         return Batch(step.step, images_BHWC, torch.from_numpy(step.rows.masked_BM()), step.rows)
 
     def _book_dali(self, items: int) -> None:
@@ -252,13 +275,16 @@ class _DaliRun:
     def _replace_bad(self, step: _Step) -> bool:
         """Replace the samples that Pillow refuses; whether there were any."""
         jpegs = step.for_dali()
-        samples = (int(step.rows.sample_B[i]) for i in jpegs)
+        samples = (int(step.rows_of(group).sample_B[0]) for group in jpegs)
         verdicts = list(self._pool.map(self._verdict, samples, jpegs.values()))
-        for i, verdict in zip(jpegs, verdicts, strict=True):
+        for group, verdict in zip(jpegs, verdicts, strict=True):
             if verdict is not None:
-                mended = settle(self._plan, step.step, step.rows, i, self._prepare_tested, first=verdict)
-                step.settled[i] = replace(mended, failures=step.settled[i].failures + mended.failures)
-                step.rows = step.rows.replace_row(i, mended.rows, 0)
+                rows = step.rows_of(group)
+                mended = settle(
+                    self._plan, step.step, rows, 0, self._prepare_tested, first=verdict, count=self._plan.repeat
+                )
+                step.settled[group] = replace(mended, failures=step.settled[group].failures + mended.failures)
+                step.replace(group, mended)
         return any(verdict is not None for verdict in verdicts)
 
     def _verdict(self, sample: int, data: Encoded) -> BadSampleError | None:
@@ -271,18 +297,19 @@ class _DaliRun:
     def _crop_refused(self, step: _Step) -> bool:
         """Let Pillow crop the samples that DALI refuses one at a time; whether there were any."""
         refused = False
-        for i, data in step.for_dali().items():
-            row, settled = step.rows.slice(i, i + 1), step.settled[i]
-            if settled.value is not None and not self._dali_takes(row, data):
-                step.settled[i] = replace(settled, value=replace(settled.value, crop=self._crop(row, data)))
+        for group, data in step.for_dali().items():
+            rows, settled = step.rows_of(group), step.settled[group]
+            if settled.value is not None and not self._dali_takes(rows, data):
+                step.settled[group] = replace(settled, value=replace(settled.value, crop=self._crop(rows, data)))
                 refused = True
         return refused
 
-    def _dali_takes(self, row: PlanRows, data: Encoded) -> bool:
-        box_14 = np.stack([row.x_B, row.y_B, row.width_B, row.height_B], axis=1)
-        pipeline = CropPipeline(1, self._plan.image_size, self._interpolation, threads=1, depth=1)
+    def _dali_takes(self, rows: PlanRows, data: Encoded) -> bool:
+        boxes_R4 = np.stack([rows.x_B, rows.y_B, rows.width_B, rows.height_B], axis=1)
+        size, repeat = self._plan.image_size, self._plan.repeat
+        pipeline = CropPipeline(1, size, self._interpolation, threads=1, depth=1, repeat=repeat)
         try:
-            pipeline.feed([data.data], box_14, row.flip_B)
+            pipeline.feed([data.data], boxes_R4, rows.flip_B)
             pipeline.take()
         except Exception:  # whatever it raises: Pillow took this sample
             return False

@@ -2,11 +2,14 @@
 
     bytes --external source--> decode the box alone -> resize (antialiased) -> flip -> tensor, not copied
 
+With `repeat` r, each encoded image has r boxes in a row. The smallest region that holds all of them is decoded once,
+and each crop is cut out of it: the pixels are those of a region of its own.
+
 DALI draws nothing by itself here, and its settings are pinned to agree with the reference backend: accurate inverse
 transform, chroma upsampled as libjpeg does, no EXIF rotation. `CropPipeline` is the only place that knows on which
 device DALI runs.
 
-Shape legend: B images, H and W pixels, C channels.
+Shape legend: B crops of G encoded images, R of each, H and W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -26,43 +29,61 @@ class CropPipeline:
     """A pipeline on the CPU with `depth` batches in flight. Feed `depth` batches, then take and feed in turn.
 
     Args:
-        batch_size: the size of every batch fed.
+        batch_size: encoded images in every batch fed.
         image_size: side of the crops, pixels.
         interpolation: bicubic or bilinear.
         threads: DALI's worker threads.
         depth: batches in flight.
+        repeat: crops of each encoded image.
     """
 
-    def __init__(self, batch_size: int, image_size: int, interpolation: str, threads: int, depth: int) -> None:
-        self._depth, self._fed = depth, 0
+    def __init__(
+        self, batch_size: int, image_size: int, interpolation: str, threads: int, depth: int, repeat: int = 1
+    ) -> None:
+        self._depth, self._fed, self._repeat = depth, 0, repeat
         self._others = frozenset(_dali_threads())
         self._own: list[str] = []
         pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=depth)
         with pipeline:
             images = fn.decoders.image_slice(
                 fn.external_source(name="data", dtype=types.UINT8, ndim=1),
-                start=fn.external_source(name="start", dtype=types.INT32, ndim=1),
-                shape=fn.external_source(name="shape", dtype=types.INT32, ndim=1),
+                start=_numbers("start"),
+                shape=_numbers("shape"),
                 axis_names="HW",
                 output_type=types.RGB,
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,
                 use_fast_idct=False,
             )
-            size = (image_size, image_size)
-            images = fn.resize(images, size=size, interp_type=FILTERS[interpolation], antialias=True)
-            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-            pipeline.set_outputs(fn.flip(images, horizontal=flip, vertical=0))
+            crops = []
+            for r in range(repeat):
+                crop = images
+                if repeat > 1:
+                    crop = fn.slice(images, start=_numbers(f"start{r}"), shape=_numbers(f"shape{r}"), axis_names="HW")
+                size = (image_size, image_size)
+                crop = fn.resize(crop, size=size, interp_type=FILTERS[interpolation], antialias=True)
+                crops.append(fn.flip(crop, horizontal=_numbers(f"flip{r}", ndim=0), vertical=0))
+            pipeline.set_outputs(fn.stack(*crops) if repeat > 1 else crops[0])
         pipeline.build()
         self._pipeline: Any = pipeline
 
     def feed(self, data: list[bytes], boxes_B4: NDArray[np.int32], flip_B: NDArray[np.bool_]) -> None:
-        """Hand over a batch (copied): encoded images, boxes as x, y, width, height in pixels, and which to flip."""
-        feed = self._pipeline.feed_input
-        feed("data", [np.frombuffer(image, np.uint8) for image in data])
-        feed("start", np.ascontiguousarray(boxes_B4[:, [1, 0]]))
-        feed("shape", np.ascontiguousarray(boxes_B4[:, [3, 2]]))
-        feed("flip", flip_B.astype(np.int32))
+        """Hand over a batch (copied): G encoded images, boxes as x, y, width, height in pixels, and which to flip."""
+
+        def feed(name: str, numbers: NDArray[np.int32]) -> None:
+            self._pipeline.feed_input(name, np.ascontiguousarray(numbers))  # DALI takes no strides
+
+        self._pipeline.feed_input("data", [np.frombuffer(image, np.uint8) for image in data])
+        start_GR2 = boxes_B4[:, [1, 0]].reshape(len(data), self._repeat, 2)
+        shape_GR2 = boxes_B4[:, [3, 2]].reshape(len(data), self._repeat, 2)
+        first_G2 = start_GR2.min(axis=1)
+        feed("start", first_G2)
+        feed("shape", (start_GR2 + shape_GR2).max(axis=1) - first_G2)
+        for r in range(self._repeat):
+            if self._repeat > 1:
+                feed(f"start{r}", start_GR2[:, r] - first_G2)
+                feed(f"shape{r}", shape_GR2[:, r])
+            feed(f"flip{r}", flip_B[r :: self._repeat].astype(np.int32))
         self._fed += 1
         if self._fed >= self._depth:  # the first call starts `depth` batches, each later one starts one
             self._pipeline.schedule_run()
@@ -73,8 +94,9 @@ class CropPipeline:
         Raises:
             Exception: DALI failed on this batch (which type depends on the fault); close the pipeline then.
         """
-        (images_BHWC,) = self._pipeline.outputs()
-        return torch.utils.dlpack.from_dlpack(images_BHWC.as_tensor())
+        (images,) = self._pipeline.outputs()  # BHWC, or GRHWC
+        images_BHWC: torch.Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        return images_BHWC.flatten(0, 1) if self._repeat > 1 else images_BHWC
 
     def cpu_seconds(self) -> float:
         """Processor time of DALI's threads so far: decoding, resizing and flipping, which it does not tell apart."""
@@ -85,6 +107,11 @@ class CropPipeline:
     def close(self) -> None:
         """Let DALI end its threads; tensors taken stay valid, batches in flight are dropped."""
         self._pipeline = None
+
+
+def _numbers(name: str, ndim: int = 1) -> Any:
+    """Whole numbers that are fed under this name, one or a vector for each sample."""
+    return fn.external_source(name=name, dtype=types.INT32, ndim=ndim)
 
 
 def _dali_threads() -> list[str]:

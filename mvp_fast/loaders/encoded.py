@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,9 +99,13 @@ def decode(index: Index, sample: int, encoded: Encoded) -> Image.Image:
 def _read_bytes(path: os.PathLike[str], offset: int, length: int) -> bytes:
     """`length` bytes at `offset`. A sample at offset 0 is a file of its own, which must end where the sample does."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: opening a pipe would wait for ever. On files it has no effect.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            size = os.fstat(descriptor).st_size
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadSampleError("missing", "not a regular file")
+            size = status.st_size
             if size < offset + length or (offset == 0 and size != length):
                 raise BadSampleError("stale", f"the file has {size} bytes, the index says {offset + length}")
             data = os.pread(descriptor, length, offset)

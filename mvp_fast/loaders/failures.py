@@ -44,17 +44,19 @@ class Failure:
 
 @dataclass(frozen=True)
 class Settled(Generic[T_co]):
-    """What became of one planned row.
+    """What became of one planned row, or of the rows of one group.
 
     Attributes:
-        rows: one row: the planned one, or the stand-in that decoded.
-        value: what the attempt on that row gave; None where MAX_STAND_INS stand-ins failed as well.
+        rows: the planned ones, or the stand-in's that decoded.
+        value: what the attempt on them gave; None where MAX_STAND_INS stand-ins failed as well.
         failures: the samples that failed on the way, in order.
+        count: how many rows there are.
     """
 
     rows: PlanRows
     value: T_co | None
     failures: tuple[Failure, ...] = ()
+    count: int = 1
 
 
 def settle(
@@ -64,31 +66,36 @@ def settle(
     i: int,
     attempt: Callable[[PlanRows], T],
     first: BadSampleError | None = None,
+    count: int = 1,
 ) -> Settled[T]:
     """Try row `i`, then its stand-ins in their order, until one can be used.
+
+    A backend that decodes once for a group (plan.repeat rows of one sample) settles the group's rows together. Settled
+    one by one they get the same stand-ins.
 
     Args:
         plan: gives the stand-ins.
         step: step of the plan, for the ledger.
-        rows: rows of the plan; only row `i` is looked at.
+        rows: rows of the plan; only those from row `i` on are looked at.
         i: which row.
-        attempt: gets one row as PlanRows of length 1; raises BadSampleError where its sample cannot be used.
+        attempt: gets `count` rows; raises BadSampleError where their sample cannot be used.
         first: why the sample of row `i` is bad, where that is known already: it is not tried again.
+        count: 1, or plan.repeat for the group that begins with row `i`.
     """
-    row = rows.slice(i, i + 1)
+    row = rows.slice(i, i + count)
     failures: list[Failure] = []
     for _ in range(1 + MAX_STAND_INS):
         bad, first = first, None
         if bad is None:
             try:
-                return Settled(row, attempt(row), tuple(failures))
+                return Settled(row, attempt(row), tuple(failures), count)
             except BadSampleError as error:
                 bad = error
         sample = int(row.sample_B[0])
         key, file = plan.index.key(sample), str(plan.index.file(sample))
         failures.append(Failure(key, file, bad.reason, bad.kind, step))
-        row = plan.stand_in(row, 0)
-    return Settled(row, None, tuple(failures))
+        row = plan.stand_ins(row)
+    return Settled(row, None, tuple(failures), count)
 
 
 class BadSamples:
@@ -100,8 +107,8 @@ class BadSamples:
             (of an earlier part of the run) are not written again, but count anew.
 
     Attributes:
-        seen: samples accounted for, the bad among them included.
-        bad: how many of them were bad; a sample counts each time it is met.
+        seen: rows accounted for, those of bad samples included.
+        bad: how many of them were of bad samples; a sample counts each time it is met, and for each crop.
         failures: every bad sample once, by key, in the order met.
     """
 
@@ -119,22 +126,22 @@ class BadSamples:
         return max(least, math.floor(self._budget * seen + 1e-9))
 
     def account(self, settled: Settled[object]) -> None:
-        """Book one row as the consumer gets it: the samples that failed and the one that did not.
+        """Book a row or a group as the consumer gets it: the samples that failed and the one that did not.
 
         Raises:
             DataError: more samples were bad than the budget allows, or no stand-in could be used.
         """
         with self._lock:
             for failure in settled.failures:
-                self._record(failure)
-            self.seen += len(settled.failures) + (settled.value is not None)
+                self._record(failure, settled.count)
+            self.seen += settled.count * (len(settled.failures) + (settled.value is not None))
             if settled.failures and self.bad > self.allowed(self.seen):
                 raise self._over_budget()
             if settled.value is None:
                 raise self._hopeless()
 
-    def _record(self, failure: Failure) -> None:
-        self.bad += 1
+    def _record(self, failure: Failure, count: int) -> None:
+        self.bad += count
         self.failures.setdefault(failure.key, failure)
         if self._ledger is None or failure.key in self._written:
             return

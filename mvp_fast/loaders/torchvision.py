@@ -3,7 +3,7 @@
 Written the obvious way, to be read and to be held against: the other backends' pixels are compared with these.
 Resizing is antialiased, on uint8, with Pillow's bicubic (a = -0.5) or bilinear filter.
 
-Shape legend: B images, H and W pixels, C channels.
+Shape legend: B images, R crops of one image, H and W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -32,17 +32,23 @@ FILTERS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.B
 
 @dataclass(frozen=True)
 class Crop:
-    """One finished crop and what it cost.
+    """The finished crops of one image and what they cost.
 
     Attributes:
-        image_HWC: uint8 RGB.
+        images_RHWC: uint8 RGB.
         read, decode, transform: seconds; wall time for the reading, processor time of the thread for the rest.
     """
 
-    image_HWC: NDArray[np.uint8]
+    images_RHWC: NDArray[np.uint8]
     read: float
     decode: float
     transform: float
+
+    @property
+    def image_HWC(self) -> NDArray[np.uint8]:
+        """The first crop."""
+        first_HWC: NDArray[np.uint8] = self.images_RHWC[0]
+        return first_HWC
 
 
 def crop(image: Image.Image, row: PlanRows, image_size: int, interpolation: str) -> NDArray[np.uint8]:
@@ -53,34 +59,40 @@ def crop(image: Image.Image, row: PlanRows, image_size: int, interpolation: str)
 
 
 def carry_out(
-    index: Index, row: PlanRows, image_size: int, interpolation: str, data: encoded.Encoded | None = None
+    index: Index, rows: PlanRows, image_size: int, interpolation: str, data: encoded.Encoded | None = None
 ) -> Crop:
-    """Read, decode and crop the first row's sample with Pillow and torchvision; `data` where it is read already.
+    """Read and decode one sample with Pillow, and crop it with torchvision.
+
+    Args:
+        index, image_size, interpolation: of the plan and the configuration.
+        rows: one, or several of the same sample, which is decoded once.
+        data: the encoded image where it is read already.
 
     Raises:
         BadSampleError: the sample cannot be used.
     """
-    sample = int(row.sample_B[0])
+    sample = int(rows.sample_B[0])
     times = [time.perf_counter()]
     data = encoded.read(index, sample) if data is None else data
     times += [time.perf_counter(), time.thread_time()]
     image = encoded.decode(index, sample, data)
     times.append(time.thread_time())
-    image_HWC = crop(image, row, image_size, interpolation)
+    crops = [crop(image, rows.slice(i, i + 1), image_size, interpolation) for i in range(len(rows))]
+    images_RHWC = np.stack(crops) if len(crops) > 1 else crops[0][None]
     times.append(time.thread_time())
-    return Crop(image_HWC, read=times[1] - times[0], decode=times[3] - times[2], transform=times[4] - times[3])
+    return Crop(images_RHWC, read=times[1] - times[0], decode=times[3] - times[2], transform=times[4] - times[3])
 
 
 def book(stats: StageStats, done: Crop) -> None:
-    """Add one crop's times to the loader's."""
+    """Add one image's times to the loader's."""
     stats.add("read", done.read, 1)
     stats.add("decode", done.decode, 1)
-    stats.add("transform", done.transform, 1)
+    stats.add("transform", done.transform, len(done.images_RHWC))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch in flight: one future a row, each of which writes its crop into `images_BHWC`."""
+    """A batch in flight: one future a group, each of which writes its crops into `images_BHWC`."""
 
     step: int
     rows: PlanRows
@@ -105,28 +117,30 @@ class _TorchvisionRun:
         images_BHWC = torch.empty((len(rows), plan.image_size, plan.image_size, 3), dtype=torch.uint8)
         out_BHWC = images_BHWC.numpy()
 
+        def attempt(group: PlanRows) -> Crop:
+            return carry_out(plan.index, group, plan.image_size, self._interpolation)
+
         def work(i: int) -> Settled[Crop]:
-            settled = settle(
-                plan, step, rows, i, lambda row: carry_out(plan.index, row, plan.image_size, self._interpolation)
-            )
+            settled = settle(plan, step, rows, i, attempt, count=plan.repeat)
             if settled.value is not None:
-                out_BHWC[i] = settled.value.image_HWC
+                out_BHWC[i : i + plan.repeat] = settled.value.images_RHWC
             return settled
 
-        return _Step(step, rows, images_BHWC, [self._pool.submit(work, i) for i in range(len(rows))])
+        futures = [self._pool.submit(work, i) for i in range(0, len(rows), plan.repeat)]
+        return _Step(step, rows, images_BHWC, futures)
 
     def next(self) -> Batch:
         while len(self._steps) < IN_FLIGHT:
             self._steps.append(self._submit())
         step = self._steps.popleft()
         rows = step.rows
-        for i, future in enumerate(step.futures):
+        for group, future in enumerate(step.futures):
             settled = future.result()
             self._failures.account(settled)
             if settled.value is not None:
                 book(self._stats, settled.value)
             if settled.failures:
-                rows = rows.replace_row(i, settled.rows, 0)
+                rows = rows.replace_rows(group * self._plan.repeat, settled.rows)
         return Batch(step.step, step.images_BHWC, torch.from_numpy(rows.masked_BM()), rows)
 
     def close(self) -> None:
@@ -135,7 +149,7 @@ class _TorchvisionRun:
 
 
 class TorchvisionLoader(ThreadedLoader):
-    """Pillow and torchvision, one image a task, `threads` threads."""
+    """Pillow and torchvision, one image and all its crops a task, `threads` threads."""
 
     def _start(self, plan: SamplePlan, start_step: int) -> Run:
         return _TorchvisionRun(self, plan, start_step)

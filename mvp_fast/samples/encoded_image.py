@@ -2,6 +2,8 @@
 
 - A JPEG must have an end-of-image marker after its header: without one it was cut short. libjpeg fills such images
   with grey in silence (where padding follows, Pillow does too), so the marker is looked for before any decoder runs.
+- It must have MAX_PIXELS or fewer by its header, so that memory stays bounded: a file of a hundred bytes can claim to
+  hold gigabytes of pixels (a decompression bomb).
 - Pillow must decode the whole image, into pixels whose range is defined.
 
 EXIF orientation is ignored throughout: sizes are those of the stored pixels. Imports PIL only, so that a process which
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,11 @@ from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """What may be in a file, whatever its extension says: ImageNet holds a PNG named .JPEG."""
+
+MAX_PIXELS = (1 << 30) // 4 // 3
+"""Most pixels an image may have, 89,478,485: 256 MiB once decoded to RGB. Pillow's own limit before it warns."""
+_TOO_LARGE = f"the image has more than {MAX_PIXELS:,} pixels, the most that an image may have here"
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it is refused, and told, by its size
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 # Frame headers (ITU-T T.81, table B.1): baseline, extended sequential and progressive, all Huffman-coded.
@@ -84,13 +92,15 @@ def check_markers(data: bytes) -> JpegHeader | None:
         The header of a JPEG; None for another format, or where the markers cannot be followed.
 
     Raises:
-        BrokenImageError: a JPEG that was cut short.
+        BrokenImageError: a JPEG that was cut short, or has more than MAX_PIXELS.
     """
     if not data.startswith(SOI):
         return None
     header = read_jpeg_header(data)
     if data.rfind(EOI, 2 if header is None else header.scan) < 0:
         raise BrokenImageError("the JPEG is cut short: it has no end-of-image marker")
+    if header is not None and header.width * header.height > MAX_PIXELS:
+        raise BrokenImageError(_TOO_LARGE)
     return header
 
 
@@ -99,14 +109,18 @@ def open_image(file: str | IO[bytes]) -> Iterator[Image.Image]:
     """Open an image with Pillow; whatever Pillow raises in the block, on broken data, becomes BrokenImageError.
 
     Raises:
-        BrokenImageError: Pillow refuses the image, here or in the block.
+        BrokenImageError: Pillow refuses the image, here or in the block, or it has more than MAX_PIXELS.
         MemoryError: of this process, not the image's fault.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenImageError(_TOO_LARGE)
             yield image
     except (BrokenImageError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:  # Pillow raises it at twice the size, before it is known here
+        raise BrokenImageError(_TOO_LARGE) from error
     except UnidentifiedImageError as error:  # its text names a memory address
         raise BrokenImageError(f"it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # on broken data Pillow raises OSError, SyntaxError, ValueError, struct.error, ...

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mvp_fast.errors import ConfigError, DataError
@@ -71,7 +72,9 @@ class Index:
     label: npt.NDArray[np.int32]
     # Arrow's text stays as it is in memory: a Python string a sample would take ten times the room. None: synthetic.
     _keys: pa.LargeStringArray | None = field(default=None)
+    # One for each sample, and then the keys themselves; or one for each run of samples with the same path.
     _paths: pa.LargeStringArray | None = field(default=None)
+    _starts: npt.NDArray[np.int64] | None = field(default=None)
 
     @classmethod
     def open(cls, path: str | Path) -> Index:
@@ -91,12 +94,16 @@ class Index:
         numbers = {name: columns[name].to_numpy() for name in ("offset", "length", "width", "height", "label")}
         _check_values(path, numbers, len(about["classes"]))
         keys, paths = columns["key"], columns["path"]
+        starts = None
         if paths.equals(keys):  # always so for a folder of image files
             paths = keys
+        else:
+            starts = _runs(paths)
+            paths = paths.take(starts[:-1])
         root = _find_root(path, about, paths[0].as_py())
         del table, columns
         pa.default_memory_pool().release_unused()  # what unpacking took: two thirds of the memory at this point
-        return cls(path=path, root=root, classes=about["classes"], **numbers, _keys=keys, _paths=paths)
+        return cls(path=path, root=root, classes=about["classes"], **numbers, _keys=keys, _paths=paths, _starts=starts)
 
     @classmethod
     def synthetic(cls, images: int = 1_281_167, width: int = 500, height: int = 375) -> Index:
@@ -142,6 +149,16 @@ class Index:
             return f"synthetic/{range(len(self))[i]:012d}"
         return str(self._keys[int(i)].as_py())
 
+    def keys(self, sample_B: npt.NDArray[np.int64]) -> pa.LargeStringArray:
+        """The names of these samples, in their order.
+
+        Raises:
+            DataError: the index is synthetic.
+        """
+        if self._keys is None:
+            raise DataError("A synthetic index has no images", fix="Index a folder of images")
+        return self._keys.take(sample_B)
+
     def file(self, i: int) -> Path:
         """The file that holds sample i.
 
@@ -152,7 +169,17 @@ class Index:
             raise DataError(
                 "A synthetic index has no files", fix="Use the synthetic loader, or index a folder of images"
             )
-        return self.root / self._paths[int(i)].as_py()
+        run = i if self._starts is None else np.searchsorted(self._starts, i, side="right") - 1
+        return self.root / self._paths[int(run)].as_py()
+
+    def shard_starts(self) -> npt.NDArray[np.int64] | None:
+        """Where each shard begins, and the number of samples: int64 (S + 1); None where each sample is its own file.
+
+        A shard is a run of samples with the same path.
+        """
+        if self._starts is None or (len(self._starts) == len(self) + 1 and not self.offset.any()):
+            return None
+        return self._starts
 
     def fingerprint(self) -> str:
         """SHA-256 over the samples in their order: classes, keys, offsets, lengths, sizes and labels, but not places.
@@ -185,7 +212,7 @@ class Index:
         for i in np.unique(np.linspace(0, len(self) - 1, samples).round().astype(np.int64)).tolist():
             offset, length = int(self.offset[i]), int(self.length[i])
             file = self.file(i)
-            whole = self._paths is self._keys  # each sample a file of its own
+            whole = self._starts is None  # each sample a file of its own
             try:
                 size = file.stat().st_size
             except OSError as error:
@@ -202,6 +229,12 @@ class Index:
             where=str(self.path),
             fix=f"Write it anew with `mvp-fast data index {self.root}{out}`",
         )
+
+
+def _runs(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
+    """Where each run of equal texts begins, and how many texts there are: int64 (runs + 1)."""
+    new = pc.not_equal(texts.slice(1), texts.slice(0, len(texts) - 1)).to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.flatnonzero(new) + 1, [len(texts)]]).astype(np.int64)
 
 
 def _text_lengths(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:

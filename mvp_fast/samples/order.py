@@ -23,31 +23,42 @@ LEAST_HALF = 3
 1.5 million epochs); with 3, all permutations of up to 7 elements come equally often (over 300,000 epochs)."""
 
 _ROUNDS = ROUNDS
-_STREAM = np.uint64(int(Stream.ORDER) << 16)
+_LOW = np.uint64(0xFFFFFFFF)
 
 
 @compiled
-def _permute(k0, k1, epoch_B, position_B, n, half_bits, out_B):  # type: ignore[no-untyped-def]
-    shift = np.uint64(half_bits)
+def permuted(k0, k1, stream, epoch, tweak, x, n, half_bits):  # type: ignore[no-untyped-def]
+    """Where the permutation of [0, n) called (key, stream, epoch, tweak) takes `x`; all uint64.
+
+    `stream` is shifted into its place in the counter's word; `tweak` is below 2**32 and becomes word 1.
+    """
+    shift = half_bits
     half_mask = (np.uint64(1) << shift) - np.uint64(1)
-    low = np.uint64(0xFFFFFFFF)
+    while True:
+        left, right = x >> shift, x & half_mask
+        for block in range(_ROUNDS):
+            # A half has at most 32 bits, so it is word 0 alone and one word of the block is enough.
+            word, _, _, _ = philox4x32_scalar(right & _LOW, tweak, epoch, stream | np.uint64(block), k0, k1)
+            left, right = right, left ^ (word & half_mask)
+        x = (left << shift) | right
+        if x < n:
+            return x
+
+
+@compiled
+def _permute(k0, k1, stream, epoch_B, position_B, n, half_bits, out_B):  # type: ignore[no-untyped-def]
     for b in range(position_B.size):
-        x = position_B[b]
-        while True:
-            left, right = x >> shift, x & half_mask
-            for block in range(_ROUNDS):
-                # A half has at most 32 bits, so counter word 1 is 0 and one word of the block is enough.
-                word, _, _, _ = philox4x32_scalar(
-                    right & low, np.uint64(0), epoch_B[b], _STREAM | np.uint64(block), k0, k1
-                )
-                left, right = right, left ^ (word & half_mask)
-            x = (left << shift) | right
-            if x < n:
-                break
-        out_B[b] = x
+        out_B[b] = permuted(k0, k1, stream, epoch_B[b], np.uint64(0), position_B[b], n, half_bits)
 
 
-def order(seed: int, epoch_B: npt.ArrayLike, position_B: npt.ArrayLike, n: int) -> npt.NDArray[np.int64]:
+def half_bits(n: int) -> int:
+    """Bits of half an element in the domain for a permutation of [0, n)."""
+    return max(LEAST_HALF, ((n - 1).bit_length() + 1) // 2)
+
+
+def order(
+    seed: int, epoch_B: npt.ArrayLike, position_B: npt.ArrayLike, n: int, stream: Stream = Stream.ORDER
+) -> npt.NDArray[np.int64]:
     """The samples at given positions of given epochs.
 
     For each seed and epoch, position -> sample is a permutation of [0, n); memory and time do not depend on n.
@@ -57,6 +68,7 @@ def order(seed: int, epoch_B: npt.ArrayLike, position_B: npt.ArrayLike, n: int) 
         epoch_B: epochs in [0, 2**32); broadcasts against `position_B`.
         position_B: positions in [0, n).
         n: number of samples, in [1, 2**62].
+        stream: another one gives another permutation.
 
     Returns:
         int64 (B,).
@@ -73,14 +85,14 @@ def order(seed: int, epoch_B: npt.ArrayLike, position_B: npt.ArrayLike, n: int) 
         raise ValueError(f"a position is not in [0, {n})")
     k0, k1 = key_words(seed)
     out_B = np.empty(position.shape, dtype=np.int64)
-    half_bits = max(LEAST_HALF, ((n - 1).bit_length() + 1) // 2)
     _permute(
         np.uint64(k0),
         np.uint64(k1),
+        np.uint64(int(stream) << 16),
         epoch.astype(np.uint64),
         position.astype(np.uint64),
         np.uint64(n),
-        half_bits,
+        np.uint64(half_bits(n)),
         out_B,
     )
     return out_B

@@ -1,16 +1,17 @@
 """The sample plan: for every step, which samples, which crop boxes, which flips and which masks.
 
-The plan is a set of pure functions of (seed, epoch, position). Its stream is endless: for an index of n samples,
-sample i of global batch k has the global position g = k * batch_size + i; its epoch is g // n, its position in that
-epoch's order g % n. So every sample comes once an epoch, a batch may straddle two epochs, the stream depends on neither
-batch size nor ranks, and a run resumes by going on at step k.
+The plan is a set of pure functions of (seed, epoch, position). Its stream is endless: for an index of n samples, each
+repeated r times in a row (data.repeat), row i of global batch k has the global position g = k * batch_size + i; its
+epoch is g // (n r), its position in that epoch p = g % (n r), its sample number p // r in the epoch's order. So every
+sample comes r times an epoch, a batch may straddle two epochs, the stream depends on neither batch size nor ranks, and
+a run resumes by going on at step k. The r rows of a sample, its group, have boxes, flips and masks of their own; a
+stand-in takes the place of the whole group.
 
 Shape legend: B rows, N patches (row-major over the grid), M masked patches.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,7 +23,9 @@ from mvp_fast.samples.crops import crop_boxes, flips
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.masks import block_masks
 from mvp_fast.samples.order import order
+from mvp_fast.samples.plan_check import check_crops, check_mask, check_ranks
 from mvp_fast.samples.random import BLOCKS, Stream, draws
+from mvp_fast.samples.sharded_order import ShardedOrder
 
 VERSION = 1
 """Changes whenever the same settings would give other samples, boxes, flips or masks."""
@@ -70,10 +73,14 @@ class PlanRows:
 
     def replace_row(self, i: int, other_rows: PlanRows, j: int) -> PlanRows:
         """A copy in which row i is row j of `other_rows`; these rows stay as they are."""
+        return self.replace_rows(i, other_rows.slice(j, j + 1))
+
+    def replace_rows(self, i: int, other_rows: PlanRows) -> PlanRows:
+        """A copy in which the rows from i on are `other_rows`; these rows stay as they are."""
         copies = []
         for field in fields(self):
             column = getattr(self, field.name).copy()
-            column[i] = getattr(other_rows, field.name)[j]
+            column[i : i + len(other_rows)] = getattr(other_rows, field.name)
             copies.append(column)
         return PlanRows(*copies)
 
@@ -85,6 +92,8 @@ class SamplePlan:
         index, seed, rank, world, image_size: as given.
         batch_size: the global batch.
         local_batch_size: this rank's part of it, batch_size / world.
+        repeat: rows in a row that are crops of the same sample. Groups begin at multiples of it in every batch.
+        epoch_rows: rows of an epoch.
         grid: rows and columns of patches.
     """
 
@@ -105,23 +114,26 @@ class SamplePlan:
             index: the images.
             seed: in [0, 2**64).
             batch_size: global, over all ranks.
-            data: image_size, crop_scale, crop_ratio and flip are used.
+            data: image_size, crop_scale, crop_ratio, flip, order, shuffle_window and repeat are used.
             mask: number and shape of the masked blocks.
             patch_size: side of a patch, pixels.
             rank, world: this process and how many there are.
 
         Raises:
-            ConfigError: a value out of range, a batch that does not divide by the ranks, an image that does not divide
-                into patches, or more masked patches than patches.
+            ConfigError: a value out of range, a batch that does not divide by the ranks or into groups, an image that
+                does not divide into patches, more masked patches than patches, or an index without shards for the order
+                `sharded`.
         """
-        _check_ranks(seed, batch_size, rank, world)
-        _check_crops(data, patch_size)
+        check_ranks(seed, batch_size, rank, world, data.repeat)
+        check_crops(data, patch_size)
         side = data.image_size // patch_size
-        _check_mask(mask, side)
+        check_mask(mask, side)
         self.index, self.seed, self.batch_size, self.rank, self.world = index, seed, batch_size, rank, world
         self.local_batch_size = batch_size // world
         self.image_size, self.patch_size, self.grid = data.image_size, patch_size, (side, side)
         self.data, self.mask = data, mask
+        self.repeat, self.epoch_rows = data.repeat, len(index) * data.repeat
+        self._sharded = _sharded_order(index, seed, data) if data.order == "sharded" else None
 
     def step(self, k: int) -> PlanRows:
         """This rank's part of global batch k (from 0): rows rank * B / world to (rank + 1) * B / world - 1.
@@ -132,17 +144,17 @@ class SamplePlan:
         if k < 0:
             raise ValueError(f"step {k} is negative")
         first = k * self.batch_size + self.rank * self.local_batch_size
-        epoch, position = divmod(first, len(self.index))  # Python integers: they do not overflow
+        epoch, position = divmod(first, self.epoch_rows)  # Python integers: they do not overflow
         epoch = min(epoch, EPOCHS)  # which `rows` refuses
         ahead_B = position + np.arange(self.local_batch_size, dtype=np.int64)
-        return self.rows(epoch + ahead_B // len(self.index), ahead_B % len(self.index))
+        return self.rows(epoch + ahead_B // self.epoch_rows, ahead_B % self.epoch_rows)
 
     def rows(self, epoch_B: npt.ArrayLike, position_B: npt.ArrayLike, attempt: int = 0) -> PlanRows:
         """Any rows of the plan.
 
         Args:
             epoch_B: epochs in [0, 2**32); broadcasts against `position_B`.
-            position_B: positions in [0, len(index)).
+            position_B: positions in [0, epoch_rows).
             attempt: 0 for the samples themselves, a for their a-th stand-ins, up to 2**16.
 
         Raises:
@@ -150,14 +162,13 @@ class SamplePlan:
         """
         broadcast = np.broadcast_arrays(np.atleast_1d(epoch_B), np.atleast_1d(position_B))
         epoch, position = (array.astype(np.int64) for array in broadcast)
-        n = len(self.index)
         if epoch.size and (epoch.min() < 0 or epoch.max() >= EPOCHS):
             raise ConfigError("the plan has epochs 0 to 2**32 - 1", where=f"epoch {epoch.max()}")
-        if position.size and (position.min() < 0 or position.max() >= n):
-            raise ConfigError(f"an epoch has positions 0 to {n - 1}", where=f"position {position.max()}")
+        if position.size and (position.min() < 0 or position.max() >= self.epoch_rows):
+            raise ConfigError(f"an epoch has positions 0 to {self.epoch_rows - 1}", where=f"position {position.max()}")
         if not 0 <= attempt <= BLOCKS:
             raise ConfigError(f"a sample has stand-ins 1 to {BLOCKS}", where=f"attempt {attempt}")
-        sample_B = order(self.seed, epoch, position, n)
+        sample_B = self._samples(epoch, position // self.repeat)
         for earlier in range(attempt):
             sample_B = self._another(epoch, position, earlier, sample_B)
         return self._rows(epoch, position, sample_B, attempt)
@@ -166,20 +177,28 @@ class SamplePlan:
         """One row that takes the place of row i, whose sample can't be used: its next attempt.
 
         The sample is drawn anew, never the same as row i's where the index has more than one. The box is drawn anew for
-        that sample's size; flip and mask belong to the position and stay.
+        that sample's size; flip and mask belong to the position and stay. The rows of a group get the same stand-in.
         """
-        one = rows.slice(i, i + 1)
-        attempt = int(one.attempt_B[0])
+        return self.stand_ins(rows.slice(i, i + 1))
+
+    def stand_ins(self, rows: PlanRows) -> PlanRows:
+        """The stand-in for each of some rows, as `stand_in`; all must be of the same attempt."""
+        attempt = int(rows.attempt_B[0])
         if attempt >= BLOCKS:
-            raise ConfigError(f"a sample has stand-ins 1 to {BLOCKS}", where=f"position {one.position_B[0]}")
-        sample_B = self._another(one.epoch_B, one.position_B, attempt, one.sample_B)
-        return self._rows(one.epoch_B, one.position_B, sample_B, attempt + 1)
+            raise ConfigError(f"a sample has stand-ins 1 to {BLOCKS}", where=f"position {rows.position_B[0]}")
+        sample_B = self._another(rows.epoch_B, rows.position_B, attempt, rows.sample_B)
+        return self._rows(rows.epoch_B, rows.position_B, sample_B, attempt + 1)
 
     def state(self) -> dict[str, object]:
         """The plan's identity, JSON-able: two plans with equal states give the same global batches.
 
-        Rank and world are left out: they only divide the batches.
+        Rank and world are left out: they only divide the batches. What has its default is left out where it came
+        later than version 1, so that a plan from before has the state that it had.
         """
+        later: dict[str, object] = {"repeat": self.repeat} if self.repeat > 1 else {}
+        if self._sharded is not None:
+            window, shards = self._sharded.window, self._sharded.fingerprint()
+            later |= {"order": "sharded", "shuffle_window": window, "shards": shards}
         return {
             "version": VERSION,
             "seed": self.seed,
@@ -193,7 +212,14 @@ class SamplePlan:
             "mask_patches": self.mask.patches,
             "mask_min_block": self.mask.min_block,
             "mask_min_aspect": float(self.mask.min_aspect),
+            **later,
         }
+
+    def _samples(self, epoch_B: npt.NDArray[np.int64], number_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which samples have these numbers in the order of their epochs."""
+        if self._sharded is not None:
+            return self._sharded(epoch_B, number_B)
+        return order(self.seed, epoch_B, number_B, len(self.index))
 
     def _rows(
         self,
@@ -222,63 +248,24 @@ class SamplePlan:
         attempt: int,
         sample_B: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.int64]:
-        """A sample drawn uniformly from all but `sample_B`."""
+        """A sample drawn uniformly from all but `sample_B`, the same for all rows of a group."""
         n = len(self.index)
         if n == 1:
             return sample_B
-        words_B4 = draws(self.seed, Stream.STAND_IN, epoch_B, position_B, attempt)
+        words_B4 = draws(self.seed, Stream.STAND_IN, epoch_B, position_B // self.repeat, attempt)
         unit_B = (words_B4[:, 0] * 2.0**-32 + words_B4[:, 1]) * 2.0**-32
         other_B = np.minimum((unit_B * (n - 1)).astype(np.int64), n - 2)
         return other_B + (other_B >= sample_B)
 
 
-def _check_ranks(seed: int, batch_size: int, rank: int, world: int) -> None:
-    if not 0 <= seed < 1 << 64:
-        raise ConfigError("the seed must be in 0 to 2**64 - 1", where=f"seed is {seed}")
-    if batch_size < 1:
-        raise ConfigError("a batch needs at least one image", where=f"train.batch_size is {batch_size}")
-    if world < 1 or not 0 <= rank < world:
-        raise ConfigError("the rank must be in 0 to world - 1", where=f"rank {rank} of {world}")
-    if batch_size % world:
+def _sharded_order(index: Index, seed: int, data: DataConfig) -> ShardedOrder:
+    starts = index.shard_starts()
+    if starts is None:
         raise ConfigError(
-            f"the global batch does not divide by the {world} ranks",
-            where=f"train.batch_size is {batch_size}",
-            fix=f"take a multiple of {world}, such as {batch_size + world - batch_size % world}",
+            "The order `sharded` needs an index of shards, and this one has each image in a file of its own",
+            where=f"data.order, and {index.path}",
+            fix="Write shards with `mvp-fast data convert INDEX --to shards`, or set data.order to shuffled",
         )
-
-
-def _check_crops(data: DataConfig, patch_size: int) -> None:
-    if patch_size < 1 or data.image_size < 1 or data.image_size % patch_size:
-        raise ConfigError(
-            f"the crop does not divide into patches of {patch_size} pixels",
-            where=f"data.image_size is {data.image_size}",
-            fix=f"take a multiple of {patch_size}",
-        )
-    low, high = data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ConfigError(
-            "two shares of the area are needed, 0 < least <= greatest <= 1", where=f"data.crop_scale is {low} {high}"
-        )
-    low, high = data.crop_ratio
-    if not 0 < low <= high < math.inf:
-        raise ConfigError(
-            "two aspect ratios are needed, 0 < least <= greatest", where=f"data.crop_ratio is {low} {high}"
-        )
-    if not 0 <= data.flip <= 1:
-        raise ConfigError("a probability is in 0 to 1", where=f"data.flip is {data.flip}")
-
-
-def _check_mask(mask: MaskConfig, side: int) -> None:
-    if not 0 <= mask.patches <= side * side:
-        raise ConfigError(
-            f"an image has {side} x {side} = {side * side} patches, of which 0 to all can be masked",
-            where=f"mask.patches is {mask.patches}",
-        )
-    if side * side > 4 * BLOCKS:
-        raise ConfigError(f"masks go up to 512 x 512 patches, not {side} x {side}", where="data.image_size")
-    if mask.min_block < 1:
-        raise ConfigError("a masked rectangle has at least 1 patch", where=f"mask.min_block is {mask.min_block}")
-    if not 0 < mask.min_aspect <= 1:
-        raise ConfigError(
-            "the least aspect ratio is above 0 and at most 1", where=f"mask.min_aspect is {mask.min_aspect}"
-        )
+    if data.shuffle_window < 1:
+        raise ConfigError("a window has at least 1 sample", where=f"data.shuffle_window is {data.shuffle_window}")
+    return ShardedOrder(starts, seed, data.shuffle_window)

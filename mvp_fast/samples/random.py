@@ -52,6 +52,10 @@ class Stream(IntEnum):
     """Stochastic depth, two numbers a layer (block: a quarter of the number)."""
     SCENES = 8
     """The synthetic data set (epoch: the profile; position: the image; block: the purpose)."""
+    SHARDS = 9
+    """The permutation of an epoch's shards, as ORDER; the block after its rounds says where the epoch begins."""
+    WINDOW = 10
+    """The permutation within a window (position: a half of the element, and above its 32 bits the window's number)."""
 
 
 def philox4x32(

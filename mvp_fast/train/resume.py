@@ -20,6 +20,8 @@ _FREE = (
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
 )
 _KEPT = ("objective.", "optim.name")
+# What plans were before they could be otherwise; see SamplePlan.state.
+_PLAN_BEFORE: dict[str, Any] = {"repeat": 1, "order": "shuffled"}
 _FIX = "Give the settings in the run's config.yaml, or start anew in another --run.dir"
 
 
@@ -30,7 +32,7 @@ def check_plan(state: dict[str, Any], plan: SamplePlan, checkpoint: Path) -> Non
         ConfigError: a setting of the plan differs.
         DataError: the data set does.
     """
-    before, now = state["plan"], plan.state()
+    before, now = ({**_PLAN_BEFORE, **state} for state in (state["plan"], plan.state()))
     differs = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differs == ["index"]:
         raise DataError(
@@ -72,7 +74,8 @@ def check_settings(state: dict[str, Any], config: Config, checkpoint: Path) -> l
     Raises:
         ConfigError: the objective or the optimizer differs.
     """
-    before, now = _flat(state["config"]), _flat(config_to_dict(config))
+    # A setting that came after the checkpoint had its default.
+    before, now = {**_flat(config_to_dict(Config())), **_flat(state["config"])}, _flat(config_to_dict(config))
     changed = [name for name in now if before.get(name) != now[name] and not name.startswith(_FREE)]
     told = {name: f"{name} was {before.get(name)}, is {now[name]}" for name in changed}
     if kept := [told[name] for name in changed if name.startswith(_KEPT)]:

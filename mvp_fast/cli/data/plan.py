@@ -61,10 +61,10 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{options.limit} rows can't be written", where="--limit", fix="Take 0 for all of the epoch")
     index = Index.open(options.index)
     seed = config.seed if options.seed is None else options.seed
-    plan = SamplePlan(index, seed=seed, batch_size=1, data=config.data, mask=config.mask)
-    rows = min(options.limit or len(index), len(index))
+    plan = SamplePlan(index, seed=seed, batch_size=config.data.repeat, data=config.data, mask=config.mask)
+    rows = min(options.limit or plan.epoch_rows, plan.epoch_rows)
     _write(plan, options.epoch, rows, Path(options.out))
-    print(f"rows     {rows:,} of the {len(index):,} in epoch {options.epoch}, seed {seed}")
+    print(f"rows     {rows:,} of the {plan.epoch_rows:,} in epoch {options.epoch}, seed {seed}")
     print(f"table    {options.out}")
     return 0
 

@@ -7,26 +7,23 @@ and files that are being written: every file is renamed into place when it is wh
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 
-from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.samples.scenes.draw import draw, encode_image, encode_mask
 from mvp_fast.samples.scenes.folder import ASKED, MANIFEST, MASKS, PARTIAL, TABLE, SceneSet, SetReport, find_complete
 from mvp_fast.samples.scenes.layout import layout
 from mvp_fast.samples.scenes.records import make_row, read_rows, rows_as_text, write_table
 from mvp_fast.samples.scenes.spec import find_profile
+from mvp_fast.samples.workers import alone, start_worker
 
 CHUNK = 16
 """Images that a worker draws at a time; an interrupted run loses the chunks that were under way."""
@@ -59,7 +56,7 @@ def write_set(folder: str | Path, asked: SceneSet, workers: int = 0, progress: P
         if found and not (root / PARTIAL).exists():
             return found
         (root / PARTIAL).mkdir(parents=True, exist_ok=True)
-        with _alone(root):
+        with alone(root, root / PARTIAL / "lock", "draws into"):
             return _draw_set(root, asked, workers or len(os.sched_getaffinity(0)), progress or (lambda done: None))
     except OSError as error:
         raise _explain(error, root) from error
@@ -102,7 +99,7 @@ def _run_chunks(root: Path, asked: SceneSet, workers: int) -> Iterator[tuple[int
             yield draw_chunk(root, asked, chunk)
         return
     # Spawned, not forked: the caller may have threads (and a GPU) by now.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     try:
         waiting: set[Future[tuple[int, int]]] = set()
         for chunk in chunks:
@@ -115,19 +112,6 @@ def _run_chunks(root: Path, asked: SceneSet, workers: int) -> Iterator[tuple[int
             yield from (future.result() for future in finished)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent does, however it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def draw_chunk(root: Path, asked: SceneSet, chunk: int) -> tuple[int, int]:
@@ -173,21 +157,6 @@ def _place(root: Path, path: Path, data: bytes) -> None:
     temporary = root / PARTIAL / f"{os.getpid()}.tmp"
     temporary.write_bytes(data)
     os.replace(temporary, path)
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Hold the folder's lock; DataError where another process has it."""
-    with open(root / PARTIAL / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fix = "Wait until it is done, or give another --out"
-            raise DataError("another process draws into the folder", where=str(root), fix=fix) from None
-        except OSError as error:  # a file system without locks: go on without
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-        yield
 
 
 def _explain(error: OSError, root: Path) -> EnvironmentProblem:
