@@ -197,14 +197,14 @@ def measure(benchmark: Any, session: Session, folder: Path, name: str, batch_siz
     loader.close()
 
 
-@pytest.mark.parametrize("name", ["torchvision", "dali"])
+@pytest.mark.parametrize("name", ["torchvision", "dali", "cpu"])
 def test_images_a_second_and_core(benchmark: Any, session: Session, imagenet_scenes: Path, name: str) -> None:
     """ImageNet-shaped JPEG files to crops of 224 px, bicubic, antialiased, all cores."""
     measure(benchmark, session, imagenet_scenes, name, BATCH, "cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["torchvision", "dali"])
+@pytest.mark.parametrize("name", ["torchvision", "dali", "cpu"])
 def test_images_onto_the_gpu(benchmark: Any, session: Session, imagenet_scenes: Path, name: str) -> None:
     """ImageNet-shaped JPEG files to crops of 224 px on the GPU, bicubic, antialiased; DALI's own decodes there."""
     measure(benchmark, session, imagenet_scenes, name, GPU_BATCH, "cuda")

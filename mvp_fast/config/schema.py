@@ -28,7 +28,7 @@ class DataConfig:
 
     index: str = ""
     """The Parquet index that `mvp-fast data index` wrote, or the folder that holds it as index.parquet."""
-    loader: Literal["dali", "torchvision", "synthetic"] = "dali"
+    loader: Literal["dali", "cpu", "torchvision", "synthetic"] = "dali"
     """The backend; all see the same samples, boxes and masks. `synthetic` repeats one resident batch (a ceiling)."""
     threads: int = 0
     """CPU threads a rank for reading and decoding; 0 takes this machine's cores divided by its ranks."""

@@ -15,7 +15,7 @@ from mvp_fast.loaders.failures import BadSamples
 if TYPE_CHECKING:
     import torch
 
-LOADERS = ("dali", "torchvision", "synthetic")
+LOADERS = ("dali", "cpu", "torchvision", "synthetic")
 
 
 def make_loader(
@@ -30,7 +30,7 @@ def make_loader(
     """Make the loader called `name`.
 
     Args:
-        name: dali, torchvision or synthetic.
+        name: dali, cpu, torchvision or synthetic.
         config: interpolation, threads and the budget for bad samples; the rest of it is in the plan.
         seed: decides the pixels of `synthetic`; the other backends draw nothing.
         local_ranks: ranks on this machine, among which its cores are divided where config.threads is 0.
@@ -50,24 +50,29 @@ def make_loader(
 
         return TorchvisionLoader(config, local_ranks=local_ranks, failures=BadSamples(config, ledger))
     if name == "dali":
-        _need_dali()
+        _need("nvidia.dali", "dali", "NVIDIA DALI", "nvidia-dali-cuda130")
         from mvp_fast.loaders.dali import DaliLoader
 
         return DaliLoader(config, local_ranks=local_ranks, failures=BadSamples(config, ledger))
+    if name == "cpu":
+        _need("nvidia.nvimgcodec", "cpu", "NVIDIA nvImageCodec", "nvidia-nvimgcodec-cu13")
+        from mvp_fast.loaders.cpu import CpuLoader
+
+        return CpuLoader(config, local_ranks=local_ranks, failures=BadSamples(config, ledger))
     near = difflib.get_close_matches(name, LOADERS, n=1)
     hint = f"Did you mean `{near[0]}`?" if near else "Choose one of " + ", ".join(LOADERS)
     raise ConfigError(f"There is no loader `{name}`", where="data.loader", fix=hint)
 
 
-def _need_dali() -> None:
-    """EnvironmentProblem where nvidia.dali cannot be imported."""
+def _need(module: str, loader: str, product: str, package: str) -> None:
+    """EnvironmentProblem where the module cannot be imported."""
     try:
-        found = importlib.util.find_spec("nvidia.dali") is not None
+        found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # not even the parent package
         found = False
     if not found:
         raise EnvironmentProblem(
-            "The loader `dali` needs NVIDIA DALI, which is not installed",
+            f"The loader `{loader}` needs {product}, which is not installed",
             where="data.loader",
-            fix="Install the package nvidia-dali-cuda130 (Linux), or take the slower --data.loader torchvision",
+            fix=f"Install the package {package} (Linux), or take the slower --data.loader torchvision",
         )
