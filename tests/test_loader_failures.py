@@ -26,7 +26,7 @@ from PIL import Image
 
 from mvp_fast.config.schema import DataConfig, MaskConfig
 from mvp_fast.errors import DataError
-from mvp_fast.loaders import dali, encoded
+from mvp_fast.loaders import dali, encoded, torchvision
 from mvp_fast.loaders.base import Batch
 from mvp_fast.loaders.encoded import BadSampleError
 from mvp_fast.loaders.failures import MAX_STAND_INS, BadSamples, Failure, Settled, settle
@@ -36,7 +36,8 @@ from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index
 from mvp_fast.samples.plan import SamplePlan
 
-DECODING = ("torchvision", "dali")
+DECODING = ("torchvision", "dali", "cpu")
+FAST = DECODING[1:]  # held against the first, the reference
 SIDE, BATCH, GOOD = 48, 8, 24
 WIDTH, HEIGHT = 90, 70
 
@@ -121,14 +122,15 @@ def run(name: str, index: Index, steps: int, start: int = 0, **data: Any) -> tup
 # --- What is bad
 
 
-def test_both_backends_call_the_same_samples_bad(damaged: Index) -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_all_backends_call_the_same_samples_bad(damaged: Index, name: str) -> None:
     steps = len(damaged) // BATCH + 1  # every sample is met
-    found = {name: run(name, damaged, steps, bad_sample_budget=1.0)[1] for name in DECODING}
-    assert found["dali"] == found["torchvision"]  # keys, reasons, kinds and steps
-    assert set(found["dali"]) == {f"{name}.jpg" for name in [*DAMAGE, "missing"]}
-    for name, (_, reason) in DAMAGE.items():
-        assert reason in found["dali"][f"{name}.jpg"].reason
-    kinds = {key.removesuffix(".jpg"): failure.kind for key, failure in found["dali"].items()}
+    found = {each: run(each, damaged, steps, bad_sample_budget=1.0)[1] for each in ("torchvision", name)}
+    assert found[name] == found["torchvision"]  # keys, reasons, kinds and steps
+    assert set(found[name]) == {f"{each}.jpg" for each in [*DAMAGE, "missing"]}
+    for each, (_, reason) in DAMAGE.items():
+        assert reason in found[name][f"{each}.jpg"].reason
+    kinds = {key.removesuffix(".jpg"): failure.kind for key, failure in found[name].items()}
     assert {name for name, kind in kinds.items() if kind == "missing"} == {"missing"}
     assert {name for name, kind in kinds.items() if kind == "stale"} == {"smaller", "short", "long", "emptied"}
 
@@ -171,10 +173,10 @@ def test_odd_jpegs_that_are_no_failure(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "odd.jpg").write_bytes(data)
     build_index(tmp_path)
     index = Index.open(tmp_path)
-    assert encoded.read(index, 0).plain_jpeg  # DALI decodes it
-    reference, dali_batch = (run(name, index, 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
-    difference = reference.images_BHWC.int() - dali_batch.images_BHWC.int()
-    assert difference.abs().max() <= 8
+    assert encoded.read(index, 0).plain_jpeg  # DALI and nvImageCodec decode it
+    reference, *others = (run(name, index, 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
+    for other in others:
+        assert (reference.images_BHWC.int() - other.images_BHWC.int()).abs().max() <= 8
     assert reference.images_BHWC.float().std() > 10
 
 
@@ -182,8 +184,9 @@ def test_odd_jpegs_that_are_no_failure(tmp_path: Path, data: bytes) -> None:
 def test_tiny_images(tmp_path: Path, side: int) -> None:
     (tmp_path / "tiny.jpg").write_bytes(encode(picture(2).resize((side, side)), quality=95))
     build_index(tmp_path)
-    reference, dali_batch = (run(name, Index.open(tmp_path), 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
-    assert (reference.images_BHWC.int() - dali_batch.images_BHWC.int()).abs().max() <= 8
+    reference, *others = (run(name, Index.open(tmp_path), 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
+    for other in others:
+        assert (reference.images_BHWC.int() - other.images_BHWC.int()).abs().max() <= 8
 
 
 @given(st.binary(max_size=64), st.integers(0, len(JPEG)))
@@ -193,7 +196,8 @@ def test_any_bytes_have_a_header_or_none(noise: bytes, at: int) -> None:
         assert header is None or 0 < header.scan < len(data)
 
 
-def test_flipped_bits_never_stop_a_run_and_are_judged_alike_in_headers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_flipped_bits_never_stop_a_run_and_are_judged_alike_in_headers(tmp_path: Path, name: str) -> None:
     """Damage in the header, which both decoders read in full; what neither notices gives equal pixels."""
     rng = np.random.default_rng(12)
     for i in range(60):
@@ -204,7 +208,9 @@ def test_flipped_bits_never_stop_a_run_and_are_judged_alike_in_headers(tmp_path:
     build_index(tmp_path)
     index = Index.open(tmp_path)
     steps = -(-len(index) // BATCH)
-    (reference, one), (other, two) = (run(name, index, steps, bad_sample_budget=1.0) for name in DECODING)
+    (reference, one), (other, two) = (
+        run(each, index, steps, bad_sample_budget=1.0) for each in ("torchvision", name)
+    )
     assert one == two
     assert 5 < len(one) < 55
     for a, b in zip(reference, other, strict=True):
@@ -311,13 +317,39 @@ def test_pillow_crops_what_dali_refuses(tmp_path: Path, monkeypatch: pytest.Monk
         return taken
 
     monkeypatch.setattr(dali._DaliRun, "_dali_takes", watch)
-    (reference, _), (got, failures) = (run(name, index, 3, bad_sample_budget=0.0) for name in DECODING)
+    (reference, _), (got, failures) = (run(name, index, 3, bad_sample_budget=0.0) for name in ("torchvision", "dali"))
     assert failures == {}
     assert refused == ["refused.jpg"] * 3
     for a, b in zip(reference, got, strict=True):
         for i, sample in enumerate(a.rows.sample_B):
             same = torch.equal(a.images_BHWC[i], b.images_BHWC[i])
             assert same == (index.key(int(sample)) == "refused.jpg")
+
+
+def test_pillow_crops_what_nvimagecodec_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart marker before the first segment; the good images beside it are not Pillow's."""
+    (tmp_path / "refused.jpg").write_bytes(JPEG[:2] + b"\xff\xd0" + JPEG[2:])
+    for i in range(7):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(picture(i), quality=90))
+    build_index(tmp_path)
+    index = Index.open(tmp_path)
+    by_pillow: list[str] = []
+    carry_out_into = torchvision.carry_out_into
+
+    def watch(index: Index, row: Any, *rest: Any) -> Any:
+        by_pillow.append(index.key(int(row.sample_B[0])))
+        return carry_out_into(index, row, *rest)
+
+    monkeypatch.setattr(torchvision, "carry_out_into", watch)
+    got, failures = run("cpu", index, 3, bad_sample_budget=0.0)
+    assert failures == {}
+    assert set(by_pillow) == {"refused.jpg"}
+    by_pillow.clear()
+    reference, _ = run("torchvision", index, 3, bad_sample_budget=0.0)
+    for a, b in zip(reference, got, strict=True):
+        for i, sample in enumerate(a.rows.sample_B):
+            if index.key(int(sample)) == "refused.jpg":
+                assert torch.equal(a.images_BHWC[i], b.images_BHWC[i])
 
 
 def test_an_error_of_dali_that_is_no_samples_fault_is_not_hidden(clean: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,13 +420,13 @@ def test_a_budget_of_nothing_stops_at_the_first(damaged: Index, tmp_path: Path, 
     assert "\n" not in text
 
 
-def test_both_backends_stop_at_the_same_sample_with_the_same_words(damaged: Index) -> None:
+def test_all_backends_stop_at_the_same_sample_with_the_same_words(damaged: Index) -> None:
     texts = []
     for name in DECODING:
         with pytest.raises(DataError) as caught:
             run(name, damaged, 5, bad_sample_budget=0.1, bad_sample_probation=20)
         texts.append(str(caught.value))
-    assert texts[0] == texts[1]
+    assert texts == [texts[0]] * len(DECODING)
     assert texts[0].startswith("3 of the")
 
 

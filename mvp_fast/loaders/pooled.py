@@ -1,14 +1,15 @@
 """A passage whose images are finished one by one by a pool of threads: what `torchvision` and `cpu` share.
 
-Each image goes through one thread: read, decode, crop, resize, into its place in the batch. There are more threads than
-may work at once: those beyond wait for the disk or the network, so that the processor never does. What a thread needs
-to work (its decoder) is handed around, and there are as many of them as threads may work at once.
+Each image goes through one thread: read, decode, crop, resize, into its place in the batch, so that it stays in that
+core's cache. Where reading is slow, threads of their own ask the system for the files of later batches, so that no core
+waits for the disk or the network.
 
 Shape legend: B images, H and W pixels, C channels.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,8 +29,12 @@ from mvp_fast.loaders.runs import IN_FLIGHT, ThreadedLoader
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import PlanRows, SamplePlan
 
+READ_AHEAD = 2
+"""Batches whose files are asked for, beyond those in flight."""
 READERS = 4
-"""Threads beyond those that may work at once."""
+"""Threads that ask: opening a file on a network file system waits for its server."""
+SLOW = 1e-3
+"""Seconds a read, wall time, from which files are asked for: where all are in memory, asking costs more than it saves."""
 MOST_ROWS_A_TASK = 16
 """Rows that a thread takes at a time, at most: one by one, handing them over costs a share of a fast decoder's time."""
 
@@ -71,13 +76,16 @@ class PooledRun:
         self._interpolation = loader.config.interpolation
         self._stats, self._failures = loader.stats(), loader.failures
         self._steps: deque[_Step] = deque()
+        self._planned: deque[PlanRows] = deque()
+        self._read_seconds = math.inf  # of the latest batch
         # At least two tasks for each worker among the batches in flight, so that none idles at a batch's end.
         share = IN_FLIGHT * plan.local_batch_size // (2 * len(workers))
         self._rows_a_task = max(1, min(MOST_ROWS_A_TASK, share))
         self._workers: SimpleQueue[Worker] = SimpleQueue()
         for worker in workers:
             self._workers.put(worker)
-        self._pool = ThreadPoolExecutor(len(workers) + READERS, thread_name_prefix="mvp-crops")
+        self._pool = ThreadPoolExecutor(len(workers), thread_name_prefix="mvp-crops")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="mvp-read-ahead")
 
     def _carry_out(self, row: PlanRows, out_HWC: NDArray[np.uint8]) -> Cost:
         start = time.perf_counter()
@@ -89,10 +97,23 @@ class PooledRun:
         finally:
             self._workers.put(worker)
 
+    def _plan_ahead(self) -> PlanRows:
+        """The rows of the next step; where reading is slow, the files of those READ_AHEAD later are asked for."""
+        while len(self._planned) <= READ_AHEAD:
+            rows = self._plan.step(self._next_step + len(self._planned))
+            self._planned.append(rows)
+            samples = rows.sample_B.tolist() if self._read_seconds > SLOW * self._plan.local_batch_size else []
+            for first in range(0, len(samples), MOST_ROWS_A_TASK):
+                self._readers.submit(self._expect, samples[first : first + MOST_ROWS_A_TASK])
+        return self._planned.popleft()
+
+    def _expect(self, samples: list[int]) -> None:
+        for sample in samples:
+            encoded.expect(self._plan.index, sample)
+
     def _submit(self) -> _Step:
-        plan, step = self._plan, self._next_step
+        plan, step, rows = self._plan, self._next_step, self._plan_ahead()
         self._next_step += 1
-        rows = plan.step(step)
         images_BHWC = torch.empty((len(rows), plan.image_size, plan.image_size, 3), dtype=torch.uint8)
         out_BHWC = images_BHWC.numpy()
 
@@ -112,17 +133,20 @@ class PooledRun:
         while len(self._steps) < IN_FLIGHT:
             self._steps.append(self._submit())
         step = self._steps.popleft()
-        rows = step.rows
+        rows, self._read_seconds = step.rows, 0.0
         for i, settled in enumerate(settled for future in step.futures for settled in future.result()):
             self._failures.account(settled)
-            for stage, seconds in (settled.value or Cost(0, 0, 0))._asdict().items():
-                self._stats.add(stage, seconds, settled.value is not None)
+            if settled.value is not None:
+                self._read_seconds += settled.value.read
+                for stage, seconds in settled.value._asdict().items():
+                    self._stats.add(stage, seconds, 1)
             if settled.failures:
                 rows = rows.replace_row(i, settled.rows, 0)
         return Batch(step.step, step.images_BHWC, torch.from_numpy(rows.masked_BM()), rows)
 
     def close(self) -> None:
         """Stop the work in flight and give back threads and memory."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._steps.clear()
         while not self._workers.empty():
