@@ -208,9 +208,7 @@ def test_flipped_bits_never_stop_a_run_and_are_judged_alike_in_headers(tmp_path:
     build_index(tmp_path)
     index = Index.open(tmp_path)
     steps = -(-len(index) // BATCH)
-    (reference, one), (other, two) = (
-        run(each, index, steps, bad_sample_budget=1.0) for each in ("torchvision", name)
-    )
+    (reference, one), (other, two) = (run(each, index, steps, bad_sample_budget=1.0) for each in ("torchvision", name))
     assert one == two
     assert 5 < len(one) < 55
     for a, b in zip(reference, other, strict=True):

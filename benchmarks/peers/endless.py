@@ -84,7 +84,7 @@ def spdl(index: Index, data: DataConfig, batch_size: int, threads: int) -> Passa
     )
     pipeline: Any = builder.build(num_threads=threads + 1)
     pipeline.start()
-    return Passage(iter(pipeline), 4, pipeline.stop)
+    return Passage(iter(pipeline), 10, pipeline.stop)  # each stage has a queue of its own
 
 
 def all_passages(

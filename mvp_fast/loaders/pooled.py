@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ READ_AHEAD = 2
 READERS = 4
 """Threads that ask: opening a file on a network file system waits for its server."""
 SLOW = 1e-3
-"""Seconds a read, wall time, from which files are asked for: where all are in memory, asking costs more than it saves."""
+"""Seconds a read, wall time, from which files are asked for: asking for what is in memory costs more than it saves."""
 MOST_ROWS_A_TASK = 16
 """Rows that a thread takes at a time, at most: one by one, handing them over costs a share of a fast decoder's time."""
 
@@ -120,7 +121,7 @@ class PooledRun:
         def work(first: int) -> list[Settled[Cost]]:
             done = []
             for i in range(first, min(first + self._rows_a_task, len(rows))):
-                done.append(settle(plan, step, rows, i, lambda row, i=i: self._carry_out(row, out_BHWC[i])))
+                done.append(settle(plan, step, rows, i, partial(self._carry_out, out_HWC=out_BHWC[i])))
                 if done[-1].value is None:
                     break
             return done
