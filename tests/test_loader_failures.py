@@ -38,6 +38,7 @@ from mvp_fast.samples.plan import SamplePlan
 
 DECODING = ("torchvision", "dali", "cpu")
 FAST = DECODING[1:]  # held against the first, the reference
+ON_GPU = pytest.param("dali:gpu", marks=pytest.mark.gpu)  # decodes there, and leaves its batches there
 SIDE, BATCH, GOOD = 48, 8, 24
 WIDTH, HEIGHT = 90, 70
 
@@ -110,9 +111,14 @@ def damaged(clean: Index, tmp_path_factory: pytest.TempPathFactory) -> Index:
     return Index.open(folder)
 
 
+def loader_for(name: str, data: DataConfig, **more: Any) -> Any:
+    backend, _, gpu = name.partition(":")
+    return make_loader(backend, data, device="cuda" if gpu else "cpu", **more)
+
+
 def run(name: str, index: Index, steps: int, start: int = 0, **data: Any) -> tuple[list[Batch], dict[str, Failure]]:
     plan = plan_for(index, **data)
-    loader: Any = make_loader(name, plan.data)
+    loader = loader_for(name, plan.data)
     try:
         return list(islice(loader.batches(plan, start), steps)), loader.failures.failures
     finally:
@@ -122,7 +128,7 @@ def run(name: str, index: Index, steps: int, start: int = 0, **data: Any) -> tup
 # --- What is bad
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", [*FAST, ON_GPU])
 def test_all_backends_call_the_same_samples_bad(damaged: Index, name: str) -> None:
     steps = len(damaged) // BATCH + 1  # every sample is met
     found = {each: run(each, damaged, steps, bad_sample_budget=1.0)[1] for each in ("torchvision", name)}
@@ -366,12 +372,12 @@ def test_an_error_of_dali_that_is_no_samples_fault_is_not_hidden(clean: Index, m
 # --- What is written down
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_the_ledger_has_each_bad_sample_once(damaged: Index, tmp_path: Path, name: str) -> None:
     path = tmp_path / "deep" / "bad_samples.jsonl"
     settings = DataConfig(image_size=SIDE, threads=2, bad_sample_budget=1.0)
     plan = plan_for(damaged, bad_sample_budget=1.0)
-    loader: Any = make_loader(name, settings, ledger=path)
+    loader = loader_for(name, settings, ledger=path)
     for _ in islice(loader.batches(plan, 0), 14):  # more than three epochs
         pass
     loader.close()
@@ -384,7 +390,7 @@ def test_the_ledger_has_each_bad_sample_once(damaged: Index, tmp_path: Path, nam
     assert loader.failures.seen == 14 * BATCH + loader.bad_samples
 
     path.write_text(path.read_text()[:-20])  # a crash tore the last line
-    again: Any = make_loader(name, settings, ledger=path)
+    again = loader_for(name, settings, ledger=path)
     for _ in islice(again.batches(plan, 0), 5):
         pass
     again.close()
@@ -396,13 +402,13 @@ def test_the_ledger_has_each_bad_sample_once(damaged: Index, tmp_path: Path, nam
 # --- When the run stops
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_a_budget_of_nothing_stops_at_the_first(damaged: Index, tmp_path: Path, name: str) -> None:
     plan = plan_for(damaged, bad_sample_budget=0.0)
     _, failures = run(name, damaged, 5, bad_sample_budget=1.0)
     first = min(failure.step for failure in failures.values())
     path = tmp_path / "bad.jsonl"
-    loader = make_loader(name, plan.data, ledger=path)
+    loader = loader_for(name, plan.data, ledger=path)
     threads = threading.active_count()
     batches = loader.batches(plan, 0)
     done = []
@@ -440,7 +446,7 @@ def test_when_the_files_are_gone_the_message_says_that_the_index_does_not_fit(
         run(name, index, 1)
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_a_set_without_a_single_good_image_is_given_up(tmp_path: Path, name: str) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(damage_huffman_table(JPEG))

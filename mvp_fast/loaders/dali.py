@@ -10,7 +10,8 @@ which gets a blank in their place.
 Where DALI fails, it fails for a whole batch, and its pipeline with it. The bad samples of that batch are then found
 one by one and replaced by the policy that all backends share, the pipeline is built anew, and the batches in flight
 are fed again: no other sample is touched. DALI reads a JPEG down to the box's last row only; damage below it goes
-unnoticed, where the reference, which decodes everything, may call the sample bad.
+unnoticed, where the reference, which decodes everything, may call the sample bad. All of this is the same on the GPU,
+where the row of a sample that Pillow crops is copied into the batch.
 
 Shape legend: B images, H and W pixels, C channels.
 """
@@ -28,11 +29,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mvp_fast.config.schema import DataConfig
 from mvp_fast.loaders import encoded
 from mvp_fast.loaders.base import Batch
 from mvp_fast.loaders.dali_pipeline import CropPipeline
 from mvp_fast.loaders.encoded import BadSampleError, Encoded
-from mvp_fast.loaders.failures import Settled, settle
+from mvp_fast.loaders.failures import BadSamples, Settled, settle
 from mvp_fast.loaders.runs import IN_FLIGHT, Run, ThreadedLoader
 from mvp_fast.loaders.torchvision import Crop, carry_out
 from mvp_fast.samples.plan import PlanRows, SamplePlan
@@ -102,7 +104,7 @@ class _DaliRun:
 
     def __init__(self, loader: DaliLoader, plan: SamplePlan, start_step: int) -> None:
         self._plan, self._next_step = plan, start_step
-        self._interpolation, self._threads = loader.config.interpolation, loader.threads
+        self._interpolation, self._threads, self._gpu = loader.config.interpolation, loader.threads, loader.gpu
         self._stats, self._failures = loader.stats(), loader.failures
         self._reading: deque[tuple[int, PlanRows, list[Future[list[Settled[Prepared]]]]]] = deque()
         self._fed: deque[_Step] = deque()
@@ -131,9 +133,11 @@ class _DaliRun:
         self._fed.clear()
 
     def _new_pipeline(self) -> CropPipeline:
-        plan = self._plan
+        return self._pipeline_of(self._plan.local_batch_size, self._threads, IN_FLIGHT)
+
+    def _pipeline_of(self, batch_size: int, threads: int, depth: int) -> CropPipeline:
         return CropPipeline(
-            plan.local_batch_size, plan.image_size, self._interpolation, threads=self._threads, depth=IN_FLIGHT
+            batch_size, self._plan.image_size, self._interpolation, threads=threads, depth=depth, gpu=self._gpu
         )
 
     def _fill(self) -> None:
@@ -280,7 +284,7 @@ class _DaliRun:
 
     def _dali_takes(self, row: PlanRows, data: Encoded) -> bool:
         box_14 = np.stack([row.x_B, row.y_B, row.width_B, row.height_B], axis=1)
-        pipeline = CropPipeline(1, self._plan.image_size, self._interpolation, threads=1, depth=1)
+        pipeline = self._pipeline_of(1, threads=1, depth=1)
         try:
             pipeline.feed([data.data], box_14, row.flip_B)
             pipeline.take()
@@ -292,7 +296,18 @@ class _DaliRun:
 
 
 class DaliLoader(ThreadedLoader):
-    """DALI on the CPU, `threads` worker threads, with reading threads of its own."""
+    """DALI with `threads` worker threads, and reading threads of its own.
+
+    Args:
+        config, local_ranks, failures: see `ThreadedLoader`.
+        gpu: where DALI decodes, and where the batches are then; None for the CPU.
+    """
+
+    def __init__(
+        self, config: DataConfig, *, local_ranks: int, failures: BadSamples, gpu: torch.device | str | None = None
+    ) -> None:
+        super().__init__(config, local_ranks=local_ranks, failures=failures)
+        self.gpu = None if gpu is None else (torch.device(gpu), config.hw_decoder_load)
 
     def _start(self, plan: SamplePlan, start_step: int) -> Run:
         return _DaliRun(self, plan, start_step)
