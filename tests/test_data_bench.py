@@ -15,10 +15,12 @@ from PIL import Image
 
 import mvp_fast.cli.data.bench as verb
 from mvp_fast.cli.main import main
+from mvp_fast.config.schema import Config, DataConfig
 from mvp_fast.errors import DataError, EnvironmentProblem
 from mvp_fast.loaders import registry
 from mvp_fast.loaders.base import StageStats
 from mvp_fast.loaders.measure import ROUNDS, Candidate, Passage, measure
+from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index
 
 BATCH = 4
@@ -125,9 +127,10 @@ def test_all_backends_are_measured_or_left_out_with_the_reason(
     shown = capsys.readouterr().out
     assert "left out  dali: The loader `dali` needs something. Install it." in shown
     assert "left out  synthetic: It reads no files" in shown
+    assert "left out  dali on the GPU: It needs a CUDA device" in shown
     result = json.loads(out.read_text())
     names = [each["name"] for each in result["backends"]]
-    assert sorted([*names, *result["left_out"]]) == sorted(registry.LOADERS)
+    assert sorted([*names, *result["left_out"]]) == sorted([*registry.LOADERS, "dali on the GPU"])
     for each in result["backends"]:
         assert len(each["rounds"]) == ROUNDS
         assert each["images_per_second"] > 0
@@ -181,7 +184,7 @@ def test_bad_places(
     assert str(tmp_path / "none") in capsys.readouterr().err
     assert main(["data", "bench", str(folder), *SHORT, "--json", str(tmp_path)]) == 3
     assert "Give --json a file name" in capsys.readouterr().err
-    monkeypatch.setattr(verb.mvp_fast, "__file__", str(tmp_path / "mvp_fast" / "__init__.py"))
+    monkeypatch.setattr(verb, "__file__", str(tmp_path / "mvp_fast" / "cli" / "data" / "bench.py"))
     assert main(["data", "bench", str(folder), *SHORT, "--peers"]) == 4
     assert "The peers are not installed with the package" in capsys.readouterr().err
 
@@ -201,3 +204,19 @@ def test_one_backend_that_is_not_there_is_an_error(
 def test_cuda_without_a_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "bench", str(folder), "--device", "cuda"]) == 4
     assert "There is no CUDA device (--device cuda)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "decode", "names"),
+    [
+        ("cuda", "auto", ["dali", "cpu", verb.ON_CPU]),
+        ("cuda", "gpu", ["dali", "cpu"]),
+        ("cpu", "auto", ["dali", "cpu"]),
+    ],
+)
+def test_on_a_gpu_dali_is_measured_decoding_there_and_here(
+    folder: Path, device: str, decode: Any, names: list[str]
+) -> None:
+    config = Config(data=DataConfig(decode=decode))
+    found = verb._candidates(verb.Options(str(folder)), ["dali", "cpu"], config, Index.open(folder), 2, device)
+    assert [candidate.name for candidate in found] == names

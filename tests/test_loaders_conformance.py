@@ -21,7 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mvp_fast.config.schema import DataConfig, MaskConfig
+from mvp_fast.config.check import check_config
+from mvp_fast.config.schema import Config, DataConfig, MaskConfig
 from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.loaders import dali_pipeline
 from mvp_fast.loaders.base import Batch, Loader
@@ -563,6 +564,22 @@ def test_decoding_on_a_gpu_that_is_not_there_is_an_error(name: str) -> None:
     with pytest.raises(EnvironmentProblem, match=r"there is no CUDA device.*Set data\.decode to auto or cpu") as caught:
         make_loader(name, DataConfig(decode="gpu"))
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"decode": "gpu", "loader": "cpu"}, "data.decode is gpu, but data.loader cpu does not decode on the GPU"),
+        ({"decode": "gpu", "loader": "torchvision"}, "Set data.loader to dali"),
+        ({"hw_decoder_load": 1.1}, "data.hw-decoder-load is 1.1, but must be between 0 and 1"),
+        ({"hw_decoder_load": float("nan")}, "must be between 0 and 1"),
+    ],
+)
+def test_wrong_settings_of_decoding_are_told(data: dict[str, Any], says: str) -> None:
+    check_config(Config(data=DataConfig(decode="gpu")))
+    with pytest.raises(ConfigError) as caught:
+        check_config(Config(data=DataConfig(**data)))
+    assert says in str(caught.value)
 
 
 def test_decoding_on_the_gpu_in_a_run_on_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
