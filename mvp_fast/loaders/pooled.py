@@ -115,8 +115,8 @@ class PooledRun:
     def _submit(self) -> _Step:
         plan, step, rows = self._plan, self._next_step, self._plan_ahead()
         self._next_step += 1
-        images_BHWC = torch.empty((len(rows), plan.image_size, plan.image_size, 3), dtype=torch.uint8)
-        out_BHWC = images_BHWC.numpy()
+        # numpy asks the system for huge pages where torch does not: a batch takes few page faults.
+        out_BHWC = np.empty((len(rows), plan.image_size, plan.image_size, 3), np.uint8)
 
         def work(first: int) -> list[Settled[Cost]]:
             done = []
@@ -127,7 +127,7 @@ class PooledRun:
             return done
 
         futures = [self._pool.submit(work, first) for first in range(0, len(rows), self._rows_a_task)]
-        return _Step(step, rows, images_BHWC, futures)
+        return _Step(step, rows, torch.from_numpy(out_BHWC), futures)
 
     def next(self) -> Batch:
         """The next batch; waits for it."""
