@@ -29,7 +29,6 @@ os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
 from nvidia import nvimgcodec
 
-from mvp_fast.loaders import torchvision
 from mvp_fast.loaders.encoded import Encoded
 from mvp_fast.loaders.pooled import Cost, PooledRun
 from mvp_fast.loaders.runs import Run, ThreadedLoader
@@ -70,6 +69,8 @@ class RegionCropper:
         times = [time.thread_time()]
         box_HWC = self.decode(data.data, row) if data.plain_jpeg else None
         if box_HWC is None:
+            from mvp_fast.loaders import torchvision  # takes a second to import, which most data sets never need
+
             return torchvision.carry_out_into(index, row, interpolation, data, out_HWC)
         times.append(time.thread_time())
         resize_into(out_HWC, box_HWC, interpolation, bool(row.flip_B[0]))
