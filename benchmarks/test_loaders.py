@@ -1,8 +1,10 @@
-"""Images a second from JPEG files to uint8 crops: our loaders against PyTorch's usual ways and DALI's own random crop.
+"""Images a second from JPEG files to uint8 crops: our loaders against PyTorch's usual ways, DALI's own random crop and
+SPDL's pipeline.
 
-The peers are `peers.image_loaders`. All read the same ImageNet-shaped files from the page cache, use all cores, and
-resize with the same filter (bicubic, antialiased). A round is timed in the steady state: batches are under way when it
-begins, and as many when it ends; whatever else is under way is stopped or drained before another's turn.
+The peers are `peers.image_loaders` and `peers.endless`. All read the same ImageNet-shaped files from the page cache,
+use all cores, and resize with the same filter (bicubic, antialiased). A round is timed in the steady state: batches are
+under way when it begins, and as many when it ends; whatever else is under way is stopped or drained before another's
+turn.
 
 Before anything is timed, ours must have the pixels that Pillow makes of the plan's boxes. The peers draw other boxes:
 theirs are held to the same colours and the same sharpness, on average over many crops.
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from harness import Session, Variant, compare
+from peers import endless
 from peers.image_loaders import Passages, RandomCropPipeline, take
 from recorder import cores
 from torch import Tensor
@@ -101,7 +104,7 @@ def channels_last(images_BCHW: Tensor) -> Tensor:
 
 
 class Peers:
-    """The three, with their checks.
+    """All of them, with their checks; SPDL where it is installed.
 
     Attributes:
         checked: the devices for which their crops were looked at in this session.
@@ -112,6 +115,8 @@ class Peers:
     def __init__(self, index: Index, data: DataConfig, batch_size: int, batches: int, device: str = "cpu") -> None:
         self.dali = partial(RandomCropPipeline, index, batch_size, data, cores(), "cpu" if device == "cpu" else "mixed")
         self.opened: RandomCropPipeline | None = None
+        self.spdl = partial(endless.spdl, index, data, batch_size, cores())
+        self.spdl_opened: endless.Passage | None = None
         self.batches, self.batch_size, self.device = batches, batch_size, device
         longest = max(WARM_UP + batches, CHECKED // batch_size)
         self.passages = {
@@ -136,6 +141,14 @@ class Peers:
         assert self.opened is not None
         self.opened.close()
 
+    def _open_spdl(self) -> Iterator[Tensor]:
+        self.spdl_opened = self.spdl()
+        return self.spdl_opened.batches
+
+    def _close_spdl(self, passage: Iterator[Tensor]) -> None:
+        assert self.spdl_opened is not None
+        self.spdl_opened.close()
+
     def check(self, ours_BHWC: Tensor) -> None:
         """Once for each device: it takes longer than a round, and they are the same in both benchmarks."""
         if self.device in self.checked:
@@ -147,6 +160,10 @@ class Peers:
         passage = self._open()
         check_peer("DALI random crop", crops(passage, self.batch_size, lambda images: images), ours_BHWC)
         self._close(passage)
+        if endless.has_spdl():
+            passage = self._open_spdl()
+            check_peer("SPDL, tensors", crops(passage, self.batch_size, channels_last), ours_BHWC)
+            self._close_spdl(passage)
         self.checked.add(self.device)
 
     def variants(self, warm_up: int) -> dict[str, Variant]:
@@ -158,6 +175,8 @@ class Peers:
             for name, passages in self.passages.items()
         }
         steady["DALI random crop"] = Steady(self._open, self._close, self.batches)
+        if endless.has_spdl():
+            steady["SPDL, tensors"] = Steady(self._open_spdl, self._close_spdl, self.batches, to_device)
         return {name: each.variant(warm_up) for name, each in steady.items()}
 
 
@@ -197,14 +216,14 @@ def measure(benchmark: Any, session: Session, folder: Path, name: str, batch_siz
     loader.close()
 
 
-@pytest.mark.parametrize("name", ["torchvision", "dali"])
+@pytest.mark.parametrize("name", ["torchvision", "dali", "cpu"])
 def test_images_a_second_and_core(benchmark: Any, session: Session, imagenet_scenes: Path, name: str) -> None:
     """ImageNet-shaped JPEG files to crops of 224 px, bicubic, antialiased, all cores."""
     measure(benchmark, session, imagenet_scenes, name, BATCH, "cpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["torchvision", "dali"])
+@pytest.mark.parametrize("name", ["torchvision", "dali", "cpu"])
 def test_images_onto_the_gpu(benchmark: Any, session: Session, imagenet_scenes: Path, name: str) -> None:
     """ImageNet-shaped JPEG files to crops of 224 px on the GPU, bicubic, antialiased; DALI's own decodes there."""
     measure(benchmark, session, imagenet_scenes, name, GPU_BATCH, "cuda")

@@ -26,7 +26,7 @@ from PIL import Image
 
 from mvp_fast.config.schema import DataConfig, MaskConfig
 from mvp_fast.errors import DataError
-from mvp_fast.loaders import dali, encoded
+from mvp_fast.loaders import dali, encoded, torchvision
 from mvp_fast.loaders.base import Batch
 from mvp_fast.loaders.encoded import BadSampleError
 from mvp_fast.loaders.failures import MAX_STAND_INS, BadSamples, Failure, Settled, settle
@@ -36,7 +36,9 @@ from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index
 from mvp_fast.samples.plan import SamplePlan
 
-DECODING = ("torchvision", "dali")
+DECODING = ("torchvision", "dali", "cpu")
+FAST = DECODING[1:]  # held against the first, the reference
+ON_GPU = pytest.param("dali:gpu", marks=pytest.mark.gpu)  # decodes there, and leaves its batches there
 SIDE, BATCH, GOOD = 48, 8, 24
 WIDTH, HEIGHT = 90, 70
 
@@ -109,9 +111,14 @@ def damaged(clean: Index, tmp_path_factory: pytest.TempPathFactory) -> Index:
     return Index.open(folder)
 
 
+def loader_for(name: str, data: DataConfig, **more: Any) -> Any:
+    backend, _, gpu = name.partition(":")
+    return make_loader(backend, data, device="cuda" if gpu else "cpu", **more)
+
+
 def run(name: str, index: Index, steps: int, start: int = 0, **data: Any) -> tuple[list[Batch], dict[str, Failure]]:
     plan = plan_for(index, **data)
-    loader: Any = make_loader(name, plan.data)
+    loader = loader_for(name, plan.data)
     try:
         return list(islice(loader.batches(plan, start), steps)), loader.failures.failures
     finally:
@@ -121,14 +128,15 @@ def run(name: str, index: Index, steps: int, start: int = 0, **data: Any) -> tup
 # --- What is bad
 
 
-def test_both_backends_call_the_same_samples_bad(damaged: Index) -> None:
+@pytest.mark.parametrize("name", [*FAST, ON_GPU])
+def test_all_backends_call_the_same_samples_bad(damaged: Index, name: str) -> None:
     steps = len(damaged) // BATCH + 1  # every sample is met
-    found = {name: run(name, damaged, steps, bad_sample_budget=1.0)[1] for name in DECODING}
-    assert found["dali"] == found["torchvision"]  # keys, reasons, kinds and steps
-    assert set(found["dali"]) == {f"{name}.jpg" for name in [*DAMAGE, "missing"]}
-    for name, (_, reason) in DAMAGE.items():
-        assert reason in found["dali"][f"{name}.jpg"].reason
-    kinds = {key.removesuffix(".jpg"): failure.kind for key, failure in found["dali"].items()}
+    found = {each: run(each, damaged, steps, bad_sample_budget=1.0)[1] for each in ("torchvision", name)}
+    assert found[name] == found["torchvision"]  # keys, reasons, kinds and steps
+    assert set(found[name]) == {f"{each}.jpg" for each in [*DAMAGE, "missing"]}
+    for each, (_, reason) in DAMAGE.items():
+        assert reason in found[name][f"{each}.jpg"].reason
+    kinds = {key.removesuffix(".jpg"): failure.kind for key, failure in found[name].items()}
     assert {name for name, kind in kinds.items() if kind == "missing"} == {"missing"}
     assert {name for name, kind in kinds.items() if kind == "stale"} == {"smaller", "short", "long", "emptied"}
 
@@ -171,10 +179,10 @@ def test_odd_jpegs_that_are_no_failure(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "odd.jpg").write_bytes(data)
     build_index(tmp_path)
     index = Index.open(tmp_path)
-    assert encoded.read(index, 0).plain_jpeg  # DALI decodes it
-    reference, dali_batch = (run(name, index, 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
-    difference = reference.images_BHWC.int() - dali_batch.images_BHWC.int()
-    assert difference.abs().max() <= 8
+    assert encoded.read(index, 0).plain_jpeg  # DALI and nvImageCodec decode it
+    reference, *others = (run(name, index, 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
+    for other in others:
+        assert (reference.images_BHWC.int() - other.images_BHWC.int()).abs().max() <= 8
     assert reference.images_BHWC.float().std() > 10
 
 
@@ -182,8 +190,9 @@ def test_odd_jpegs_that_are_no_failure(tmp_path: Path, data: bytes) -> None:
 def test_tiny_images(tmp_path: Path, side: int) -> None:
     (tmp_path / "tiny.jpg").write_bytes(encode(picture(2).resize((side, side)), quality=95))
     build_index(tmp_path)
-    reference, dali_batch = (run(name, Index.open(tmp_path), 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
-    assert (reference.images_BHWC.int() - dali_batch.images_BHWC.int()).abs().max() <= 8
+    reference, *others = (run(name, Index.open(tmp_path), 1, bad_sample_budget=0.0)[0][0] for name in DECODING)
+    for other in others:
+        assert (reference.images_BHWC.int() - other.images_BHWC.int()).abs().max() <= 8
 
 
 @given(st.binary(max_size=64), st.integers(0, len(JPEG)))
@@ -193,7 +202,8 @@ def test_any_bytes_have_a_header_or_none(noise: bytes, at: int) -> None:
         assert header is None or 0 < header.scan < len(data)
 
 
-def test_flipped_bits_never_stop_a_run_and_are_judged_alike_in_headers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_flipped_bits_never_stop_a_run_and_are_judged_alike_in_headers(tmp_path: Path, name: str) -> None:
     """Damage in the header, which both decoders read in full; what neither notices gives equal pixels."""
     rng = np.random.default_rng(12)
     for i in range(60):
@@ -204,7 +214,7 @@ def test_flipped_bits_never_stop_a_run_and_are_judged_alike_in_headers(tmp_path:
     build_index(tmp_path)
     index = Index.open(tmp_path)
     steps = -(-len(index) // BATCH)
-    (reference, one), (other, two) = (run(name, index, steps, bad_sample_budget=1.0) for name in DECODING)
+    (reference, one), (other, two) = (run(each, index, steps, bad_sample_budget=1.0) for each in ("torchvision", name))
     assert one == two
     assert 5 < len(one) < 55
     for a, b in zip(reference, other, strict=True):
@@ -364,13 +374,39 @@ def test_pillow_crops_what_dali_refuses(tmp_path: Path, monkeypatch: pytest.Monk
         return taken
 
     monkeypatch.setattr(dali._DaliRun, "_dali_takes", watch)
-    (reference, _), (got, failures) = (run(name, index, 3, bad_sample_budget=0.0) for name in DECODING)
+    (reference, _), (got, failures) = (run(name, index, 3, bad_sample_budget=0.0) for name in ("torchvision", "dali"))
     assert failures == {}
     assert refused == ["refused.jpg"] * 3
     for a, b in zip(reference, got, strict=True):
         for i, sample in enumerate(a.rows.sample_B):
             same = torch.equal(a.images_BHWC[i], b.images_BHWC[i])
             assert same == (index.key(int(sample)) == "refused.jpg")
+
+
+def test_pillow_crops_what_nvimagecodec_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart marker before the first segment; the good images beside it are not Pillow's."""
+    (tmp_path / "refused.jpg").write_bytes(JPEG[:2] + b"\xff\xd0" + JPEG[2:])
+    for i in range(7):
+        (tmp_path / f"{i}.jpg").write_bytes(encode(picture(i), quality=90))
+    build_index(tmp_path)
+    index = Index.open(tmp_path)
+    by_pillow: list[str] = []
+    carry_out_into = torchvision.carry_out_into
+
+    def watch(index: Index, row: Any, *rest: Any) -> Any:
+        by_pillow.append(index.key(int(row.sample_B[0])))
+        return carry_out_into(index, row, *rest)
+
+    monkeypatch.setattr(torchvision, "carry_out_into", watch)
+    got, failures = run("cpu", index, 3, bad_sample_budget=0.0)
+    assert failures == {}
+    assert set(by_pillow) == {"refused.jpg"}
+    by_pillow.clear()
+    reference, _ = run("torchvision", index, 3, bad_sample_budget=0.0)
+    for a, b in zip(reference, got, strict=True):
+        for i, sample in enumerate(a.rows.sample_B):
+            if index.key(int(sample)) == "refused.jpg":
+                assert torch.equal(a.images_BHWC[i], b.images_BHWC[i])
 
 
 def test_an_error_of_dali_that_is_no_samples_fault_is_not_hidden(clean: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,12 +425,12 @@ def test_an_error_of_dali_that_is_no_samples_fault_is_not_hidden(clean: Index, m
 # --- What is written down
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_the_ledger_has_each_bad_sample_once(damaged: Index, tmp_path: Path, name: str) -> None:
     path = tmp_path / "deep" / "bad_samples.jsonl"
     settings = DataConfig(image_size=SIDE, threads=2, bad_sample_budget=1.0)
     plan = plan_for(damaged, bad_sample_budget=1.0)
-    loader: Any = make_loader(name, settings, ledger=path)
+    loader = loader_for(name, settings, ledger=path)
     for _ in islice(loader.batches(plan, 0), 14):  # more than three epochs
         pass
     loader.close()
@@ -407,7 +443,7 @@ def test_the_ledger_has_each_bad_sample_once(damaged: Index, tmp_path: Path, nam
     assert loader.failures.seen == 14 * BATCH + loader.bad_samples
 
     path.write_text(path.read_text()[:-20])  # a crash tore the last line
-    again: Any = make_loader(name, settings, ledger=path)
+    again = loader_for(name, settings, ledger=path)
     for _ in islice(again.batches(plan, 0), 5):
         pass
     again.close()
@@ -419,13 +455,13 @@ def test_the_ledger_has_each_bad_sample_once(damaged: Index, tmp_path: Path, nam
 # --- When the run stops
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_a_budget_of_nothing_stops_at_the_first(damaged: Index, tmp_path: Path, name: str) -> None:
     plan = plan_for(damaged, bad_sample_budget=0.0)
     _, failures = run(name, damaged, 5, bad_sample_budget=1.0)
     first = min(failure.step for failure in failures.values())
     path = tmp_path / "bad.jsonl"
-    loader = make_loader(name, plan.data, ledger=path)
+    loader = loader_for(name, plan.data, ledger=path)
     threads = threading.active_count()
     batches = loader.batches(plan, 0)
     done = []
@@ -441,13 +477,13 @@ def test_a_budget_of_nothing_stops_at_the_first(damaged: Index, tmp_path: Path, 
     assert "\n" not in text
 
 
-def test_both_backends_stop_at_the_same_sample_with_the_same_words(damaged: Index) -> None:
+def test_all_backends_stop_at_the_same_sample_with_the_same_words(damaged: Index) -> None:
     texts = []
     for name in DECODING:
         with pytest.raises(DataError) as caught:
             run(name, damaged, 5, bad_sample_budget=0.1, bad_sample_probation=20)
         texts.append(str(caught.value))
-    assert texts[0] == texts[1]
+    assert texts == [texts[0]] * len(DECODING)
     assert texts[0].startswith("3 of the")
 
 
@@ -463,7 +499,7 @@ def test_when_the_files_are_gone_the_message_says_that_the_index_does_not_fit(
         run(name, index, 1)
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_a_set_without_a_single_good_image_is_given_up(tmp_path: Path, name: str) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(damage_huffman_table(JPEG))

@@ -21,22 +21,35 @@ import pytest
 import torch
 from PIL import Image
 
-from mvp_fast.config.schema import DataConfig, MaskConfig
+from mvp_fast.config.check import check_config
+from mvp_fast.config.schema import Config, DataConfig, MaskConfig
 from mvp_fast.errors import ConfigError, EnvironmentProblem
+from mvp_fast.loaders import dali_pipeline
 from mvp_fast.loaders.base import Batch, Loader
-from mvp_fast.loaders.registry import LOADERS, make_loader
+from mvp_fast.loaders.cpu import CpuLoader
+from mvp_fast.loaders.registry import LOADERS, describe, make_loader, resolve
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index
 from mvp_fast.samples.plan import PlanRows, SamplePlan
 
-DECODING = ("torchvision", "dali")
+DECODING = ("torchvision", "dali", "cpu")
+FAST = DECODING[1:]  # held against the first, the reference
+ON_GPU = pytest.param("dali:gpu", marks=pytest.mark.gpu)  # decodes there, and leaves its batches there
 SIDE, BATCH = 64, 8
-# Measured between DALI and the reference over both filters and all boxes below, on images with noise as in photos:
-# a batch's mean up to 0.31 of 255 (Pillow rounds to 8 bits between the two passes of a resize), single values up to 5.
+# Greatest distance to the reference in levels of 255: a batch's mean, and a single value. Measured over all boxes
+# below, on images with noise as in photos: `dali` up to 0.31 and 5 (Pillow rounds to 8 bits between the two passes of
+# a resize), `cpu` 0.08 and 2.
 MEAN_DISTANCE, MAX_DISTANCE = 0.4, 8
-# The same on black and white noise, where the cubic overshoots and Pillow clips between the passes: 2.4, single values
-# up to 33; bilinear 0.4, up to 20 at borders.
-HARSH = {"bicubic": (3.0, 48), "bilinear": (0.5, 32)}
+# On the GPU nvJPEG decodes with a transform of its own: held to what is allowed at all, not measured yet.
+NEAR = {"dali": (MEAN_DISTANCE, MAX_DISTANCE), "cpu": (0.15, 3), "dali:gpu": (2.0, 64)}
+# The same on black and white noise, where the cubic overshoots, and it matters what is clipped between the passes:
+# `dali` up to 2.4 and 33, `cpu` 1.0 and 30; bilinear 0.4 and 20 at borders, 0.09 and 1.
+HARSH = {
+    ("dali", "bicubic"): (3.0, 48),
+    ("dali", "bilinear"): (0.5, 32),
+    ("cpu", "bicubic"): (1.3, 40),
+    ("cpu", "bilinear"): (0.15, 3),
+}
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -160,16 +173,27 @@ def forced(index: Index, boxes: str = "plan", flip: bool | None = None) -> Force
 
 
 def loader_for(name: str, **data: Any) -> Loader:
-    return make_loader(name, DataConfig(threads=2, **data))
+    backend, _, gpu = name.partition(":")
+    return make_loader(backend, DataConfig(threads=2, **data), device="cuda" if gpu else "cpu")
 
 
 def take(name: str, plan: SamplePlan, start: int, count: int, **data: Any) -> list[Batch]:
-    """`count` batches from step `start`, by a loader of their own."""
+    """`count` batches from step `start`, by a loader of their own; moved to the CPU where they are not there."""
     loader = loader_for(name, **data)
     try:
-        return list(islice(loader.batches(plan, start), count))
+        batches = list(islice(loader.batches(plan, start), count))
     finally:
         loader.close()
+    assert all(batch.images_BHWC.is_cuda == name.endswith(":gpu") for batch in batches)
+    return [dataclasses.replace(batch, images_BHWC=batch.images_BHWC.cpu()) for batch in batches]
+
+
+def assert_same_pixels(name: str, a_BHWC: torch.Tensor, b_BHWC: torch.Tensor) -> None:
+    """Equal bits; on the GPU, where it depends on the batch which of nvJPEG's decoders gets an image, near."""
+    if name.endswith(":gpu"):
+        assert (a_BHWC.int() - b_BHWC.int()).float().abs().mean() <= NEAR[name][0]
+    else:
+        assert torch.equal(a_BHWC, b_BHWC)
 
 
 def assert_rows_equal(a: PlanRows, b: PlanRows) -> None:
@@ -225,7 +249,7 @@ def test_the_reference_is_an_antialiased_resize_of_the_box(photos: Index, interp
 # --- Every backend
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", [*LOADERS, ON_GPU])
 def test_batches_are_what_the_plan_says(photos: Index, name: str) -> None:
     plan = make_plan(photos)
     for k, batch in enumerate(take(name, plan, 3, 4), start=3):
@@ -241,14 +265,16 @@ def test_batches_are_what_the_plan_says(photos: Index, name: str) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("boxes", ["plan", "whole", "thin", "flat", "pixel", "upscaled"])
-def test_dali_has_the_pixels_of_the_reference(photos: Index, interpolation: str, boxes: str) -> None:
+@pytest.mark.parametrize("name", [*FAST, ON_GPU])
+def test_the_pixels_are_the_references(photos: Index, name: str, interpolation: str, boxes: str) -> None:
     plan = forced(photos, boxes)
-    pairs = zip(*(take(name, plan, 0, 3, interpolation=interpolation) for name in DECODING), strict=True)
+    pairs = zip(*(take(each, plan, 0, 3, interpolation=interpolation) for each in ("torchvision", name)), strict=True)
+    mean, most = NEAR[name]
     everything = []
-    for reference, dali in pairs:
-        difference = distances(reference, dali)
-        assert difference.mean() <= MEAN_DISTANCE
-        assert difference.max() <= MAX_DISTANCE
+    for reference, fast in pairs:
+        difference = distances(reference, fast)
+        assert difference.mean() <= mean
+        assert difference.max() <= most
         everything.append(difference)
     if boxes in ("plan", "whole"):  # it was not Pillow that made them
         assert np.concatenate(everything).max() > 0
@@ -256,15 +282,18 @@ def test_dali_has_the_pixels_of_the_reference(photos: Index, interpolation: str,
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("boxes", ["plan", "whole", "upscaled"])
-def test_dali_is_near_the_reference_on_noise_too(harsh: Index, interpolation: str, boxes: str) -> None:
-    plan, (mean, most) = forced(harsh, boxes), HARSH[interpolation]
-    for reference, dali in zip(*(take(n, plan, 0, 2, interpolation=interpolation) for n in DECODING), strict=True):
-        difference = distances(reference, dali)
+@pytest.mark.parametrize("name", FAST)
+def test_they_are_near_the_references_on_noise_too(harsh: Index, name: str, interpolation: str, boxes: str) -> None:
+    plan, (mean, most) = forced(harsh, boxes), HARSH[name, interpolation]
+    pairs = zip(*(take(n, plan, 0, 2, interpolation=interpolation) for n in ("torchvision", name)), strict=True)
+    for reference, fast in pairs:
+        difference = distances(reference, fast)
         assert difference.mean() <= mean
         assert difference.max() <= most
 
 
-def test_dali_decodes_a_box_to_the_bits_that_pillow_does(photos: Index) -> None:
+@pytest.mark.parametrize("name", FAST)
+def test_a_box_is_decoded_to_the_bits_that_pillow_decodes(photos: Index, name: str) -> None:
     """Boxes of the crop's size, so that nothing is resized: what remains is the decoder."""
     plan = forced(photos)
     rows = plan.step(0)
@@ -279,8 +308,8 @@ def test_dali_decodes_a_box_to_the_bits_that_pillow_does(photos: Index) -> None:
         "height_B": np.full(BATCH, SIDE, np.int32),
     }
     plan.fixed = dataclasses.replace(rows, **columns)
-    (reference,), (dali,) = (take(name, plan, 0, 1) for name in DECODING)
-    assert torch.equal(reference.images_BHWC, dali.images_BHWC)
+    (reference,), (fast,) = (take(each, plan, 0, 1) for each in ("torchvision", name))
+    assert torch.equal(reference.images_BHWC, fast.images_BHWC)
 
 
 def test_the_filters_differ_by_more_than_the_backends_do(photos: Index) -> None:
@@ -303,12 +332,13 @@ def test_flips_are_mirror_images(photos: Index, name: str) -> None:
     assert torch.equal(mixed.images_BHWC, expected_BHWC)
 
 
-def test_dali_leaves_unusual_formats_to_pillow(oddities: Index) -> None:
-    """Bitwise equal: the reference's own pixels, on the right rows, beside none of DALI's."""
+@pytest.mark.parametrize("name", [*FAST, ON_GPU])
+def test_unusual_formats_are_left_to_pillow(oddities: Index, name: str) -> None:
+    """Bitwise equal: the reference's own pixels, on the right rows, beside none of the fast decoder's."""
     plan = make_plan(oddities)
-    for reference, dali in zip(*(take(name, plan, 0, 3) for name in DECODING), strict=True):
-        assert_rows_equal(reference.rows, dali.rows)
-        assert torch.equal(reference.images_BHWC, dali.images_BHWC)
+    for reference, fast in zip(*(take(each, plan, 0, 3) for each in ("torchvision", name)), strict=True):
+        assert_rows_equal(reference.rows, fast.rows)
+        assert torch.equal(reference.images_BHWC, fast.images_BHWC)
         assert reference.images_BHWC.float().std() > 10
 
 
@@ -327,29 +357,29 @@ def test_sixteen_bit_grey_keeps_its_upper_bits(oddities: Index) -> None:
     assert np.abs(image_HWC - expected_HW[3 : 3 + SIDE, 10 : 10 + SIDE, None]).max() <= 1
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", [*LOADERS, ON_GPU])
 def test_resuming_at_any_step_gives_the_same_bits(photos: Index, name: str) -> None:
     plan = make_plan(photos)
     whole = take(name, plan, 0, 8)  # 64 samples of 40: past the end of the epoch
     for start in (1, 4, 7):
         for batch in take(name, plan, start, 8 - start):
             assert_rows_equal(batch.rows, whole[batch.step].rows)
-            assert torch.equal(batch.images_BHWC, whole[batch.step].images_BHWC)
+            assert_same_pixels(name, batch.images_BHWC, whole[batch.step].images_BHWC)
             assert torch.equal(batch.masked_BM, whole[batch.step].masked_BM)
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_give_the_same_bits_as_one(photos: Index, name: str, world: int) -> None:
     whole = take(name, make_plan(photos), 4, 2)
     parts = [take(name, make_plan(photos, rank=rank, world=world), 4, 2) for rank in range(world)]
     for k, batch in enumerate(whole):
-        assert torch.equal(batch.images_BHWC, torch.cat([part[k].images_BHWC for part in parts]))
+        assert_same_pixels(name, batch.images_BHWC, torch.cat([part[k].images_BHWC for part in parts]))
         assert torch.equal(batch.masked_BM, torch.cat([part[k].masked_BM for part in parts]))
         np.testing.assert_array_equal(batch.rows.sample_B, np.concatenate([part[k].rows.sample_B for part in parts]))
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_batches_stay_as_they_are_while_later_ones_are_made(photos: Index, name: str) -> None:
     loader = loader_for(name)
     try:
@@ -363,7 +393,7 @@ def test_batches_stay_as_they_are_while_later_ones_are_made(photos: Index, name:
     assert torch.equal(first.images_BHWC, copy)
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_a_loader_can_be_used_again(photos: Index, name: str) -> None:
     plan = make_plan(photos)
     loader = loader_for(name)
@@ -372,17 +402,17 @@ def test_a_loader_can_be_used_again(photos: Index, name: str) -> None:
     again = next(iter(loader.batches(plan, 2)))
     loader.close()
     loader.close()
-    assert torch.equal(once.images_BHWC, again.images_BHWC)
+    assert_same_pixels(name, once.images_BHWC, again.images_BHWC)
 
 
-@pytest.mark.parametrize("name", DECODING)
+@pytest.mark.parametrize("name", [*DECODING, ON_GPU])
 def test_stats_count_what_was_done(photos: Index, name: str) -> None:
     loader = loader_for(name)
     for _ in islice(loader.batches(make_plan(photos), 0), 5):
         pass
     stats = loader.stats()
     loader.close()
-    resized = {"torchvision": 5 * BATCH, "dali": 0}[name]  # DALI books its resize under decode
+    resized = 0 if name.startswith("dali") else 5 * BATCH  # DALI books its resize under decode
     assert stats.items == {"read": 5 * BATCH, "decode": 5 * BATCH, "transform": resized, "copy": 0}
     assert stats.seconds["read"] > 0
     assert stats.seconds["decode"] > 0
@@ -521,18 +551,100 @@ def test_synthetic_repeats_one_batch_and_needs_no_file() -> None:
 def test_an_unknown_loader_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no loader `dalli`.*`dali`"):
         make_loader("dalli", DataConfig())
-    with pytest.raises(ConfigError, match="torchvision, synthetic"):
+    with pytest.raises(ConfigError, match="auto, dali, cpu, torchvision, synthetic"):
         make_loader("zzz", DataConfig())
 
 
-def test_without_dali_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # Python's way to say that a module is not there
-    with pytest.raises(EnvironmentProblem, match="nvidia-dali-cuda130"):
-        make_loader("dali", DataConfig())
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("dali", "nvidia.dali", "nvidia-dali-cuda130"), ("cpu", "nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13")],
+)
+def test_without_its_library_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str, module: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # Python's way to say that a module is not there
+    with pytest.raises(EnvironmentProblem, match=package):
+        make_loader(name, DataConfig())
 
 
 def test_registry_and_configuration_name_the_same_loaders() -> None:
     import typing
 
     hints = typing.get_type_hints(DataConfig)
-    assert set(typing.get_args(hints["loader"])) == set(LOADERS)
+    assert set(typing.get_args(hints["loader"])) == {"auto", *LOADERS}
+
+
+# --- What auto chooses, and where dali decodes
+
+
+@pytest.mark.parametrize(
+    ("decode", "device", "chosen", "words"),
+    [
+        ("auto", "cpu", "cpu", "cpu, chosen by auto"),
+        ("cpu", "cpu", "cpu", "cpu, chosen by auto"),
+        ("auto", "cuda:1", "dali", "dali on the GPU (hardware decoder load 0.65), chosen by auto"),
+        ("gpu", "cuda", "dali", "dali on the GPU (hardware decoder load 0.65), chosen by auto"),
+        ("cpu", "cuda", "cpu", "cpu, chosen by auto"),
+    ],
+)
+def test_auto_takes_dali_where_it_decodes_on_the_gpu(decode: Any, device: str, chosen: str, words: str) -> None:
+    assert resolve("auto", DataConfig(decode=decode), device) == chosen
+    assert describe(DataConfig(decode=decode), device) == words
+
+
+def test_a_backend_by_name_is_itself_and_dali_says_where_it_decodes() -> None:
+    for name in LOADERS:
+        assert resolve(name, DataConfig(), "cuda") == resolve(name, DataConfig(), "cpu") == name
+    assert describe(DataConfig(loader="dali"), "cpu") == "dali on the CPU"
+    assert describe(DataConfig(loader="dali", decode="cpu"), "cuda") == "dali on the CPU"
+    settings = DataConfig(loader="dali", hw_decoder_load=0.9)
+    assert describe(settings, "cuda") == "dali on the GPU (hardware decoder load 0.9)"
+    assert describe(DataConfig(loader="torchvision"), "cuda") == "torchvision"
+
+
+def test_auto_makes_the_loader_that_it_names(photos: Index) -> None:
+    loader = make_loader("auto", DataConfig(threads=2))
+    assert isinstance(loader, CpuLoader)
+    loader.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["auto", "dali"])
+def test_decoding_on_a_gpu_that_is_not_there_is_an_error(name: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"there is no CUDA device.*Set data\.decode to auto or cpu") as caught:
+        make_loader(name, DataConfig(decode="gpu"))
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"decode": "gpu", "loader": "cpu"}, "data.decode is gpu, but data.loader cpu does not decode on the GPU"),
+        ({"decode": "gpu", "loader": "torchvision"}, "Set data.loader to dali"),
+        ({"hw_decoder_load": 1.1}, "data.hw-decoder-load is 1.1, but must be between 0 and 1"),
+        ({"hw_decoder_load": float("nan")}, "must be between 0 and 1"),
+    ],
+)
+def test_wrong_settings_of_decoding_are_told(data: dict[str, Any], says: str) -> None:
+    check_config(Config(data=DataConfig(decode="gpu")))
+    with pytest.raises(ConfigError) as caught:
+        check_config(Config(data=DataConfig(**data)))
+    assert says in str(caught.value)
+
+
+def test_decoding_on_the_gpu_in_a_run_on_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="in a run on the CPU"):
+        make_loader("dali", DataConfig(decode="gpu"), device="cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_what_dali_is_told_of_the_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    loader: Any = make_loader("dali", DataConfig(hw_decoder_load=0.9), device=device)
+    where, told = dali_pipeline._decoder_of(loader.gpu)
+    assert where == torch.device("cuda", 1 if device == "cuda:1" else 3)
+    assert (told["device"], told["hw_decoder_load"]) == ("mixed", 0.9)
+    assert told["preallocate_width_hint"] == told["preallocate_height_hint"] > 0
+    on_cpu: Any = make_loader("dali", DataConfig(decode="cpu"), device=device)
+    assert dali_pipeline._decoder_of(on_cpu.gpu) == (None, {"device": "cpu"})

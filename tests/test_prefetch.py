@@ -245,3 +245,39 @@ def test_on_a_gpu_a_resident_batch_is_not_copied() -> None:
     with Prefetcher(loader, plan, 0, "cuda") as ahead:
         first, second = next(ahead), next(ahead)
         assert first.images_BHWC.data_ptr() == second.images_BHWC.data_ptr()
+
+
+class Watched:
+    """A loader that tells where its batches lie."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self.places = loader, list[int]()
+        self.bad_samples, self.stats, self.close = loader.bad_samples, loader.stats, loader.close
+
+    def batches(self, plan: SamplePlan, start_step: int) -> Iterator[Batch]:
+        for batch in self.loader.batches(plan, start_step):
+            self.places.append(batch.images_BHWC.data_ptr())
+            yield batch
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_batch_that_was_made_there_is_passed_on_and_stays_whole(tmp_path: Path) -> None:
+    """Grey images, each of its own level: pixels of another batch would show, while the consumer's stream lags."""
+    for i in range(64):
+        Image.new("RGB", (64, 64), (4 * i,) * 3).save(tmp_path / f"{i:02}.jpg", quality=95)
+    build_index(tmp_path)
+    plan, device = make_plan(Index.open(tmp_path), batch_size=16), torch.device("cuda")
+    loader = Watched(make_loader("dali", plan.data, device=device))
+    busy = torch.randn(4096, 4096, device=device)
+    means, places = [], []
+    with Prefetcher(loader, plan, 0, device) as ahead:
+        for batch in islice(ahead, 40):
+            places.append(batch.images_BHWC.data_ptr())
+            busy = (busy @ busy).clamp(-1, 1)
+            means.append(batch.images_BHWC.double().mean(dim=(1, 2, 3)))
+            del batch
+    loader.close()
+    assert places == loader.places[:40]
+    for step, mean_B in enumerate(means):
+        levels_B = [4 * int(plan.index.key(int(sample))[:2]) for sample in plan.step(step).sample_B]
+        np.testing.assert_allclose(mean_B.cpu().numpy(), levels_B, atol=3)

@@ -98,6 +98,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["data", "convert", "--help"],
         ["data", "plan", "--help"],
         ["data", "render", "--help"],
+        ["data", "bench", "--help"],
         ["bench", "--help"],
         ["bench", "history", "--help"],
     ],

@@ -22,6 +22,7 @@ VERBS = {
     "data convert": ("mvp_fast.cli.data.convert", "write a data set anew in a form that loads faster"),
     "data plan": ("mvp_fast.cli.data.plan", "write the samples, boxes and masks of an epoch as a table"),
     "data render": ("mvp_fast.cli.data.render", "write one batch as the student sees it, as a picture and as arrays"),
+    "data bench": ("mvp_fast.cli.data.bench", "measure how many images a second each backend loads, of your data"),
     "bench": ("mvp_fast.cli.bench.run", "run the benchmarks, or compare their speed with another revision's"),
     "bench history": ("mvp_fast.cli.bench.history", "draw recorded benchmark results over commits"),
 }

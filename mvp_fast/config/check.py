@@ -50,6 +50,7 @@ def check_config(config: Config) -> None:
     for name, share in (
         ("data.flip", data.flip),
         ("data.bad-sample-budget", data.bad_sample_budget),
+        ("data.hw-decoder-load", data.hw_decoder_load),
         ("optim.warmup-fraction", optim.warmup_fraction),
     ):
         _require(0 <= share <= 1, name, share, "between 0 and 1")
@@ -68,6 +69,11 @@ def check_config(config: Config) -> None:
     _require(0 < low <= high, "data.crop-ratio", data.crop_ratio, "two ratios, 0 < least <= greatest")
     _require(0 < config.mask.min_aspect <= 1, "mask.min-aspect", config.mask.min_aspect, "above 0, at most 1")
     _require(train.steps > 0 or train.epochs > 0, "train.steps", 0, "above 0 where train.epochs is 0")
+    if data.decode == "gpu" and data.loader not in ("auto", "dali"):
+        raise ConfigError(
+            f"data.decode is gpu, but data.loader {data.loader} does not decode on the GPU",
+            fix="Set data.loader to dali, or data.decode to auto",
+        )
     if train.batch_size % train.accumulate:
         raise ConfigError(
             f"train.batch-size {train.batch_size} can't be split into {train.accumulate} equal micro-batches",

@@ -28,8 +28,14 @@ class DataConfig:
 
     index: str = ""
     """The Parquet index that `mvp-fast data index` wrote, or the folder that holds it as index.parquet."""
-    loader: Literal["dali", "torchvision", "synthetic"] = "dali"
-    """The backend; all see the same samples, boxes and masks. `synthetic` repeats one resident batch (a ceiling)."""
+    loader: Literal["auto", "dali", "cpu", "torchvision", "synthetic"] = "auto"
+    """The backend; all see the same samples, boxes and masks. auto: `dali` where it decodes on the GPU, else `cpu`; the
+    run's header says which. `synthetic` repeats one resident batch (a ceiling)."""
+    decode: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where `dali` decodes, resizes and flips. auto: on the GPU in a run on a GPU. gpu: there, or not at all."""
+    hw_decoder_load: float = 0.65
+    """Share of the images that go to the GPU's JPEG decoder, where it has one; the others are for its multiprocessors.
+    DALI's own default; which share is fastest depends on GPU and threads."""
     threads: int = 0
     """CPU threads a rank for reading and decoding; 0 takes this machine's cores divided by its ranks."""
     order: Literal["shuffled", "sharded"] = "shuffled"

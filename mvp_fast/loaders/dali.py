@@ -10,7 +10,8 @@ which gets a blank in their place.
 Where DALI fails, it fails for a whole batch, and its pipeline with it. The bad samples of that batch are then found
 one by one and replaced by the policy that all backends share, the pipeline is built anew, and the batches in flight
 are fed again: no other sample is touched. DALI reads a JPEG down to the box's last row only; damage below it goes
-unnoticed, where the reference, which decodes everything, may call the sample bad.
+unnoticed, where the reference, which decodes everything, may call the sample bad. All of this is the same on the GPU,
+where the row of a sample that Pillow crops is copied into the batch.
 
 With data.repeat, everything above the pipeline goes by groups: one encoded image, settled and decoded once, and as many
 rows as it has crops.
@@ -20,22 +21,21 @@ Shape legend: B images, H and W pixels, C channels.
 
 from __future__ import annotations
 
-import functools
-import io
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
 
+from mvp_fast.config.schema import DataConfig
 from mvp_fast.loaders import encoded
 from mvp_fast.loaders.base import Batch
+from mvp_fast.loaders.dali_batch import BLANK_SIDE, Prepared, PreparedBatch, blank
 from mvp_fast.loaders.dali_pipeline import CropPipeline
 from mvp_fast.loaders.encoded import BadSampleError, Encoded
-from mvp_fast.loaders.failures import Settled, settle
+from mvp_fast.loaders.failures import BadSamples, Settled, settle
 from mvp_fast.loaders.runs import IN_FLIGHT, Run, ThreadedLoader
 from mvp_fast.loaders.torchvision import Crop, carry_out
 from mvp_fast.samples.plan import PlanRows, SamplePlan
@@ -46,69 +46,6 @@ LEAST_READERS = 4
 """Reading threads even where there are fewer cores: they wait for the disk or the network."""
 ROWS_A_TASK = 16
 """Rows that a reading thread takes at a time: one by one, handing them over costs more than reading them."""
-_BLANK_SIDE = 8
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One group, ready for DALI, or ready altogether.
-
-    Attributes:
-        data: the encoded image.
-        read: seconds it took to read, wall time.
-        crop: the finished crops of a sample that DALI does not decode.
-    """
-
-    data: Encoded
-    read: float
-    crop: Crop | None = None
-
-
-@dataclass
-class _Step:
-    """A batch that is read, or given up.
-
-    Attributes:
-        groups: how many groups the rows are.
-        settled: one entry a group; fewer where the last one found no stand-in (its value is None).
-        error: what went wrong in the reading threads beyond bad samples.
-    """
-
-    step: int
-    rows: PlanRows
-    groups: int
-    settled: list[Settled[Prepared]]
-    error: BaseException | None = None
-
-    def prepared(self, group: int) -> Prepared | None:
-        """None where the group found no stand-in or was not reached."""
-        return self.settled[group].value if group < len(self.settled) else None
-
-    def rows_of(self, group: int) -> PlanRows:
-        """The group's rows."""
-        size = len(self.rows) // self.groups
-        return self.rows.slice(group * size, (group + 1) * size)
-
-    def replace(self, group: int, settled: Settled[Prepared]) -> None:
-        """Put stand-ins in place of the group's rows."""
-        self.rows = self.rows.replace_rows(group * (len(self.rows) // self.groups), settled.rows)
-
-    def for_dali(self) -> dict[int, Encoded]:
-        """The groups that are DALI's to decode."""
-        groups = ((i, settled.value) for i, settled in enumerate(self.settled))
-        return {i: value.data for i, value in groups if value is not None and value.crop is None}
-
-    def given_up(self) -> bool:
-        """It will never be whole; the reason is raised when it is this batch's turn."""
-        return self.error is not None or any(self.prepared(i) is None for i in range(self.groups))
-
-
-@functools.cache
-def _blank() -> bytes:
-    """A small grey JPEG, which stands where DALI has nothing to decode."""
-    stream = io.BytesIO()
-    Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE), (128, 128, 128)).save(stream, "JPEG")
-    return stream.getvalue()
 
 
 class _DaliRun:
@@ -116,10 +53,10 @@ class _DaliRun:
 
     def __init__(self, loader: DaliLoader, plan: SamplePlan, start_step: int) -> None:
         self._plan, self._next_step = plan, start_step
-        self._interpolation, self._threads = loader.config.interpolation, loader.threads
+        self._interpolation, self._threads, self._gpu = loader.config.interpolation, loader.threads, loader.gpu
         self._stats, self._failures = loader.stats(), loader.failures
         self._reading: deque[tuple[int, PlanRows, list[Future[list[Settled[Prepared]]]]]] = deque()
-        self._fed: deque[_Step] = deque()
+        self._fed: deque[PreparedBatch] = deque()
         self._pool = ThreadPoolExecutor(max(LEAST_READERS, loader.threads), thread_name_prefix="mvp-dali-read")
         self._pipeline = self._new_pipeline()
         self._booked = 0.0
@@ -145,15 +82,11 @@ class _DaliRun:
         self._fed.clear()
 
     def _new_pipeline(self) -> CropPipeline:
-        plan = self._plan
-        return CropPipeline(
-            plan.local_batch_size // plan.repeat,
-            plan.image_size,
-            self._interpolation,
-            threads=self._threads,
-            depth=IN_FLIGHT,
-            repeat=plan.repeat,
-        )
+        return self._pipeline_of(self._plan.local_batch_size // self._plan.repeat, self._threads, IN_FLIGHT)
+
+    def _pipeline_of(self, batch_size: int, threads: int, depth: int) -> CropPipeline:
+        size, repeat = self._plan.image_size, self._plan.repeat
+        return CropPipeline(batch_size, size, self._interpolation, threads, depth, repeat=repeat, gpu=self._gpu)
 
     def _fill(self) -> None:
         """Keep READ_AHEAD batches in the reading threads and IN_FLIGHT in DALI."""
@@ -182,10 +115,10 @@ class _DaliRun:
         futures = [self._pool.submit(work, first) for first in range(0, len(rows), rows_a_task)]
         self._reading.append((step, rows, futures))
 
-    def _collect(self) -> _Step:
+    def _collect(self) -> PreparedBatch:
         """Wait for the oldest batch being read. Errors are kept until it is that batch's turn."""
         number, rows, futures = self._reading.popleft()
-        step = _Step(number, rows, len(rows) // self._plan.repeat, [])
+        step = PreparedBatch(number, rows, len(rows) // self._plan.repeat, [])
         for future in futures:
             try:
                 step.settled += future.result()
@@ -217,7 +150,7 @@ class _DaliRun:
     def _crop(self, rows: PlanRows, data: Encoded) -> Crop:
         return carry_out(self._plan.index, rows, self._plan.image_size, self._interpolation, data)
 
-    def _feed(self, step: _Step) -> None:
+    def _feed(self, step: PreparedBatch) -> None:
         rows, jpegs = step.rows, step.for_dali()
         boxes_B4 = np.stack([rows.x_B, rows.y_B, rows.width_B, rows.height_B], axis=1)
         data, repeat = [], self._plan.repeat
@@ -225,11 +158,11 @@ class _DaliRun:
             if group in jpegs:
                 data.append(jpegs[group].data)
             else:
-                data.append(_blank())
-                boxes_B4[group * repeat : (group + 1) * repeat] = (0, 0, _BLANK_SIDE, _BLANK_SIDE)
+                data.append(blank())
+                boxes_B4[group * repeat : (group + 1) * repeat] = (0, 0, BLANK_SIDE, BLANK_SIDE)
         self._pipeline.feed(data, boxes_B4, rows.flip_B)
 
-    def _finish(self, step: _Step, images_BHWC: torch.Tensor) -> Batch:
+    def _finish(self, step: PreparedBatch, images_BHWC: torch.Tensor) -> Batch:
         repeat = self._plan.repeat
         for group, settled in enumerate(step.settled):
             self._failures.account(settled)
@@ -250,14 +183,14 @@ class _DaliRun:
         self._stats.add("decode", seconds - self._booked, items)
         self._booked = seconds
 
-    def _raise(self, step: _Step) -> None:
+    def _raise(self, step: PreparedBatch) -> None:
         """Book what is known of a batch that was given up, which raises, or raise its error."""
         for settled in step.settled:
             self._failures.account(settled)
         if step.error is not None:
             raise step.error
 
-    def _mend(self, step: _Step, error: Exception) -> None:
+    def _mend(self, step: PreparedBatch, error: Exception) -> None:
         """Replace the bad samples of the batch that DALI failed on, and feed all batches in flight to a new pipeline.
 
         Pillow has the last word: what it refuses is bad. Where it takes every sample, DALI gets them one at a time,
@@ -272,7 +205,7 @@ class _DaliRun:
         for waiting in self._fed:
             self._feed(waiting)
 
-    def _replace_bad(self, step: _Step) -> bool:
+    def _replace_bad(self, step: PreparedBatch) -> bool:
         """Replace the samples that Pillow refuses; whether there were any."""
         jpegs = step.for_dali()
         samples = (int(step.rows_of(group).sample_B[0]) for group in jpegs)
@@ -294,7 +227,7 @@ class _DaliRun:
             return bad
         return None
 
-    def _crop_refused(self, step: _Step) -> bool:
+    def _crop_refused(self, step: PreparedBatch) -> bool:
         """Let Pillow crop the samples that DALI refuses one at a time; whether there were any."""
         refused = False
         for group, data in step.for_dali().items():
@@ -306,8 +239,7 @@ class _DaliRun:
 
     def _dali_takes(self, rows: PlanRows, data: Encoded) -> bool:
         boxes_R4 = np.stack([rows.x_B, rows.y_B, rows.width_B, rows.height_B], axis=1)
-        size, repeat = self._plan.image_size, self._plan.repeat
-        pipeline = CropPipeline(1, size, self._interpolation, threads=1, depth=1, repeat=repeat)
+        pipeline = self._pipeline_of(1, threads=1, depth=1)
         try:
             pipeline.feed([data.data], boxes_R4, rows.flip_B)
             pipeline.take()
@@ -319,7 +251,18 @@ class _DaliRun:
 
 
 class DaliLoader(ThreadedLoader):
-    """DALI on the CPU, `threads` worker threads, with reading threads of its own."""
+    """DALI with `threads` worker threads, and reading threads of its own.
+
+    Args:
+        config, local_ranks, failures: see `ThreadedLoader`.
+        gpu: where DALI decodes, and where the batches are then; None for the CPU.
+    """
+
+    def __init__(
+        self, config: DataConfig, *, local_ranks: int, failures: BadSamples, gpu: torch.device | str | None = None
+    ) -> None:
+        super().__init__(config, local_ranks=local_ranks, failures=failures)
+        self.gpu = None if gpu is None else (torch.device(gpu), config.hw_decoder_load)
 
     def _start(self, plan: SamplePlan, start_step: int) -> Run:
         return _DaliRun(self, plan, start_step)

@@ -80,6 +80,21 @@ def read(index: Index, sample: int) -> Encoded:
     return Encoded(data, plain_jpeg=header.usual and header.components in (1, 3))
 
 
+def expect(index: Index, sample: int) -> None:
+    """Ask the system to have one sample's bytes in memory when `read` comes for them; does not wait, never fails."""
+    try:
+        descriptor = os.open(index.file(sample), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # `read` will say what is wrong
+        return
+    try:
+        length = int(index.length[sample])
+        os.posix_fadvise(descriptor, int(index.offset[sample]), length, os.POSIX_FADV_WILLNEED)
+    except OSError:  # a file system without it
+        return
+    finally:
+        os.close(descriptor)
+
+
 def decode(index: Index, sample: int, encoded: Encoded) -> Image.Image:
     """Decode the whole image with Pillow, to RGB (see `to_rgb`): the last word on whether a sample is bad.
 

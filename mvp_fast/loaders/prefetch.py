@@ -1,9 +1,10 @@
 """Batches made ahead by a thread and, for a GPU, copied there while earlier steps compute.
 
-The thread pins each batch and copies it on a stream of its own; an event marks the end of the copy. The consumer's
-stream waits for that event on the device, so the host never waits for a copy. `record_stream` tells the allocator
-that the consumer's stream uses the memory, which came from the copying stream's pool; pinned memory is kept by
-torch's host allocator until the copy that reads it is over.
+The thread pins each batch and copies it on a stream of its own; an event marks the end of the copy. The loader runs
+under that stream too: a batch that it makes on the device itself, in that stream's order, is passed on as it is, and
+the same event says when it is there. The consumer's stream waits for that event on the device, so the host never waits
+for a copy. `record_stream` tells the allocator that the consumer's stream uses the memory, which came from the copying
+stream's pool; pinned memory is kept by torch's host allocator until the copy that reads it is over.
 
 Shape legend: as in `loaders.base`.
 """
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import TracebackType
 
@@ -95,9 +97,10 @@ class Prefetcher:
             stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             batches = self._loader.batches(plan, start_step)
             try:
-                for batch in batches:
-                    if not self._hand_over(*((batch, None) if stream is None else self._to_device(batch, stream))):
-                        return
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    for batch in batches:
+                        if not self._hand_over(*((batch, None) if stream is None else self._to_device(batch, stream))):
+                            return
             finally:  # in this thread: a generator cannot be closed by another while it runs
                 if isinstance(batches, Generator):
                     batches.close()

@@ -3,27 +3,23 @@
 Written the obvious way, to be read and to be held against: the other backends' pixels are compared with these.
 Resizing is antialiased, on uint8, with Pillow's bicubic (a = -0.5) or bilinear filter.
 
-Shape legend: B images, R crops of one image, H and W pixels, C channels.
+Shape legend: R crops of one image, H and W pixels, C channels.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from mvp_fast.loaders import encoded
-from mvp_fast.loaders.base import Batch, StageStats
-from mvp_fast.loaders.failures import Settled, settle
-from mvp_fast.loaders.runs import IN_FLIGHT, Run, ThreadedLoader
+from mvp_fast.loaders.pooled import Cost, PooledRun
+from mvp_fast.loaders.runs import Run, ThreadedLoader
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import PlanRows, SamplePlan
 
@@ -83,73 +79,17 @@ def carry_out(
     return Crop(images_RHWC, read=times[1] - times[0], decode=times[3] - times[2], transform=times[4] - times[3])
 
 
-def book(stats: StageStats, done: Crop) -> None:
-    """Add one image's times to the loader's."""
-    stats.add("read", done.read, 1)
-    stats.add("decode", done.decode, 1)
-    stats.add("transform", done.transform, len(done.images_RHWC))
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A batch in flight: one future a group, each of which writes its crops into `images_BHWC`."""
-
-    step: int
-    rows: PlanRows
-    images_BHWC: torch.Tensor
-    futures: list[Future[Settled[Crop]]]
-
-
-class _TorchvisionRun:
-    """One passage through a plan: a pool of threads, and at most IN_FLIGHT batches in it."""
-
-    def __init__(self, loader: TorchvisionLoader, plan: SamplePlan, start_step: int) -> None:
-        self._plan, self._next_step = plan, start_step
-        self._interpolation = loader.config.interpolation
-        self._stats, self._failures = loader.stats(), loader.failures
-        self._steps: deque[_Step] = deque()
-        self._pool = ThreadPoolExecutor(loader.threads, thread_name_prefix="mvp-torchvision")
-
-    def _submit(self) -> _Step:
-        plan, step = self._plan, self._next_step
-        self._next_step += 1
-        rows = plan.step(step)
-        images_BHWC = torch.empty((len(rows), plan.image_size, plan.image_size, 3), dtype=torch.uint8)
-        out_BHWC = images_BHWC.numpy()
-
-        def attempt(group: PlanRows) -> Crop:
-            return carry_out(plan.index, group, plan.image_size, self._interpolation)
-
-        def work(i: int) -> Settled[Crop]:
-            settled = settle(plan, step, rows, i, attempt, count=plan.repeat)
-            if settled.value is not None:
-                out_BHWC[i : i + plan.repeat] = settled.value.images_RHWC
-            return settled
-
-        futures = [self._pool.submit(work, i) for i in range(0, len(rows), plan.repeat)]
-        return _Step(step, rows, images_BHWC, futures)
-
-    def next(self) -> Batch:
-        while len(self._steps) < IN_FLIGHT:
-            self._steps.append(self._submit())
-        step = self._steps.popleft()
-        rows = step.rows
-        for group, future in enumerate(step.futures):
-            settled = future.result()
-            self._failures.account(settled)
-            if settled.value is not None:
-                book(self._stats, settled.value)
-            if settled.failures:
-                rows = rows.replace_rows(group * self._plan.repeat, settled.rows)
-        return Batch(step.step, step.images_BHWC, torch.from_numpy(rows.masked_BM()), rows)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._steps.clear()
+def carry_out_into(
+    index: Index, rows: PlanRows, interpolation: str, data: encoded.Encoded, out_RHWC: NDArray[np.uint8]
+) -> Cost:
+    """`carry_out` of a sample that is read already, into `out_RHWC` (see `pooled.Worker`)."""
+    done = carry_out(index, rows, out_RHWC.shape[1], interpolation, data)
+    out_RHWC[:] = done.images_RHWC
+    return Cost(done.read, done.decode, done.transform)
 
 
 class TorchvisionLoader(ThreadedLoader):
-    """Pillow and torchvision, one image and all its crops a task, `threads` threads."""
+    """Pillow and torchvision, one image with all its crops at a time in each of `threads` threads."""
 
     def _start(self, plan: SamplePlan, start_step: int) -> Run:
-        return _TorchvisionRun(self, plan, start_step)
+        return PooledRun(self, plan, start_step, [carry_out_into] * self.threads)

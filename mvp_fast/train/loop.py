@@ -15,6 +15,7 @@ from mvp_fast.config.schema import Config
 from mvp_fast.errors import DataError, EnvironmentProblem, Preempted
 from mvp_fast.loaders.base import Batch
 from mvp_fast.loaders.prefetch import Prefetcher
+from mvp_fast.loaders.registry import describe
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train.build import Run, build_loader, build_run
 from mvp_fast.train.checkpoint import Checkpointer
@@ -250,11 +251,12 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     config, ranks = run.config, run.ranks
     weights = sum(p.numel() for p in run.student.parameters()) / 1e6
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    loader = describe(config.data, ranks.device)
     lines = [
         f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
         f" on {ranks.world} x {where}",
         f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen, eager",
-        f"data      {len(run.plan.index):,} images, {config.data.loader}, batch {config.train.batch_size}",
+        f"data      {len(run.plan.index):,} images, {loader}, batch {config.train.batch_size}",
         f"kernels   {kernels}",
         f"run       {run.total_steps:,} steps in {config.run.dir}",
     ]
