@@ -95,6 +95,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["data", "--help"],
         ["data", "scenes", "--help"],
         ["data", "index", "--help"],
+        ["data", "convert", "--help"],
         ["data", "plan", "--help"],
         ["data", "render", "--help"],
         ["bench", "--help"],

@@ -19,6 +19,7 @@ VERBS = {
     "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
     "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),
     "data index": ("mvp_fast.cli.data.index", "write the Parquet index of a folder of images"),
+    "data convert": ("mvp_fast.cli.data.convert", "write a data set in a format that loads faster than image files"),
     "data plan": ("mvp_fast.cli.data.plan", "write the samples, boxes and masks of an epoch as a table"),
     "data render": ("mvp_fast.cli.data.render", "write one batch as the student sees it, as a picture and as arrays"),
     "bench": ("mvp_fast.cli.bench.run", "run the benchmarks, or compare their speed with another revision's"),

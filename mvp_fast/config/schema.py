@@ -28,7 +28,7 @@ class DataConfig:
 
     index: str = ""
     """The Parquet index that `mvp-fast data index` wrote, or the folder that holds it as index.parquet."""
-    loader: Literal["dali", "torchvision", "synthetic"] = "dali"
+    loader: Literal["dali", "torchvision", "ffcv", "synthetic"] = "dali"
     """The backend; all see the same samples, boxes and masks. `synthetic` repeats one resident batch (a ceiling)."""
     threads: int = 0
     """CPU threads a rank for reading and decoding; 0 takes this machine's cores divided by its ranks."""
@@ -42,8 +42,8 @@ class DataConfig:
     """Least and greatest aspect ratio (width / height) of a crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Resize filter; antialiased in every backend."""
+    interpolation: Literal["bicubic", "bilinear", "area"] = "bicubic"
+    """Resize filter, antialiased. `area` is OpenCV's, which the loader `ffcv` has alone, and it has no other."""
     bad_sample_budget: float = 0.001
     """Greatest share of samples that may fail to decode; each is replaced by a stand-in. 0 stops at the first."""
     bad_sample_probation: int = 1000

@@ -112,7 +112,7 @@ def build_index(
         good = np.array([not found.reason for found in probes], dtype=np.bool_)
         bad += [BadFile(key, found.reason) for key, found in zip(keys, probes, strict=True) if found.reason]
         bad.sort(key=lambda entry: entry.path)
-        _write_bad(bad_path, bad)
+        write_bad(bad_path, bad)
         if not good.any():
             first = f"; the first, {bad[0].path}: {bad[0].reason}" if bad else ""
             raise DataError(f"None of the {len(bad)} image files can be used{first}", where=base, fix=f"See {bad_path}")
@@ -241,7 +241,7 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _write_bad(path: Path, bad: list[BadFile]) -> None:
+def write_bad(path: Path, bad: list[BadFile]) -> None:
     """The list beside the index; an older one goes where there is nothing to list."""
     if not bad:
         path.unlink(missing_ok=True)
