@@ -1,7 +1,11 @@
 """A .beton, FFCV's file format, beside the index that `mvp-fast data convert --to beton` writes with it.
 
-FFCV's reader says what the file holds; the index says the same again. A sample for which the two do not agree is bad:
-so damage to the file's tables is found before a byte of pixels is read.
+The file says where its samples are; the index says the same again. A sample for which the two do not agree is bad: so
+damage to the file's tables is found before a byte of pixels is read.
+
+The format's version 2, little-endian: a header; a descriptor a field; the table, a row a sample and a column a field;
+pages with the samples' bytes; a table of allocations, which is not needed here. tests/test_beton.py holds this to FFCV's
+own reader.
 """
 
 from __future__ import annotations
@@ -15,12 +19,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvp_fast.errors import DataError
-from mvp_fast.loaders import ffcv_library
 from mvp_fast.loaders.encoded import BadSampleError
-from mvp_fast.loaders.ffcv_library import JPEG, RAW
 from mvp_fast.samples.index import Index
 
 SUFFIX = ".beton"
+VERSION = 2
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+_BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+COLUMNS = (np.dtype("<f8"), np.dtype("<i8"), IMAGE, _BYTES, np.dtype("<u8"), _BYTES, np.dtype("<u8"))
+"""The table's column of each type of field, by type_id: float, int, RGB image, bytes, array, JSON, tensor."""
+JPEG, RAW = 0, 1
+"""How an image is stored: the column `mode`."""
 _CONVERT = "Write a beton and its index with `mvp-fast data convert INDEX --to beton`"
 
 
@@ -47,7 +67,6 @@ class Beton:
         Raises:
             DataError: the index is not of a beton, the file is missing, of another version, damaged in its header, or
                 has another number of samples.
-            EnvironmentProblem: FFCV is not installed.
             OSError: this process is out of file descriptors or memory.
         """
         path = _path(index)
@@ -108,40 +127,35 @@ def _path(index: Index) -> Path:
 
 def _image_table(path: Path, samples: int) -> NDArray[Any]:
     """What the file says of its images: a structured array (n,) of mode, width, height and data_ptr."""
-    module = ffcv_library.load("ffcv.reader")
-    if not path.exists():
-        raise DataError("The beton is missing", where=str(path), fix=_CONVERT)
-    version = np.fromfile(path, "<u2", 1)
-    known = ffcv_library.load("ffcv.types").CURRENT_VERSION
-    if len(version) and int(version[0]) != known:
-        raise DataError(
-            f"The beton has version {int(version[0])}, or is none: FFCV reads version {known}",
-            where=str(path),
-            fix=_CONVERT,
-        )
+
+    def wrong(what: str) -> DataError:
+        return DataError(what, where=str(path), fix=_CONVERT)
+
     try:
-        reader = module.Reader(str(path))
-        kinds = [type(handler).__name__ for handler in reader.handlers.values()]
-        number, table = int(reader.num_samples), reader.metadata
-        image = table[table.dtype.names[kinds.index("RGBImageField")]]
-    except OSError:
-        raise
-    except Exception as error:  # a damaged header gives FFCV anything: IndexError, KeyError, MemoryError, ValueError
-        raise DataError(
-            f"The beton's header is damaged: FFCV's reader says {type(error).__name__}: {error}",
-            where=str(path),
-            fix=_CONVERT,
-        ) from error
-    if len(table) != number:
-        raise DataError(
-            f"The beton is cut short: {len(table):,} of {number:,} entries of its table are there",
-            where=str(path),
-            fix=_CONVERT,
-        )
-    if number != samples:
-        raise DataError(
-            f"The beton has {number:,} samples, its index {samples:,}: they do not belong together",
-            where=str(path),
-            fix=_CONVERT,
-        )
+        with open(path, "rb") as file:
+            start = file.read(HEADER.itemsize)
+            if len(start) < HEADER.itemsize:
+                raise wrong(f"The beton is cut short: it has {len(start)} bytes")
+            header = np.frombuffer(start, HEADER)[0]
+            if header["version"] != VERSION:
+                raise wrong(f"The beton has version {header['version']}, or is none: version {VERSION} is read")
+            if header["num_samples"] != samples:
+                raise wrong(
+                    f"The beton has {header['num_samples']:,} samples, its index {samples:,}: they do not belong together"
+                )
+            fields = np.frombuffer(file.read(FIELD.itemsize * int(header["num_fields"])), FIELD)
+            types = fields["type_id"].tolist()
+            if len(types) != header["num_fields"] or COLUMNS.index(IMAGE) not in types or max(types) >= len(COLUMNS):
+                raise wrong(f"The beton's header is damaged, or it holds no images: its fields have the types {types}")
+            row = np.dtype([("", COLUMNS[kind]) for kind in types], align=True)
+            table = np.fromfile(file, row, samples)
+    except FileNotFoundError as error:
+        raise wrong("The beton is missing") from error
+    except IsADirectoryError as error:
+        raise wrong("The beton is a folder") from error
+    except ValueError as error:  # np.frombuffer of a piece of a descriptor
+        raise wrong(f"The beton is cut short: {error}") from error
+    if len(table) != samples:
+        raise wrong(f"The beton is cut short: {len(table):,} of {samples:,} rows of its table are there")
+    image = table[f"f{types.index(COLUMNS.index(IMAGE))}"]
     return np.asarray(image)

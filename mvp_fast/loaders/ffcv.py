@@ -102,7 +102,7 @@ class _FfcvRun:
         self._plan, self._next_step = plan, start_step
         self._stats, self._failures = loader.stats(), loader.failures
         self._steps: deque[_Step] = deque()
-        self._beton: Beton | None = Beton.open(plan.index)  # which imports FFCV, here and not in all threads at once
+        self._beton: Beton | None = Beton.open(plan.index)
         self._local, self._croppers = threading.local(), list[Cropper]()
         self._pool = ThreadPoolExecutor(loader.threads, thread_name_prefix="mvp-ffcv", initializer=self._equip)
 

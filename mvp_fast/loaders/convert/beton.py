@@ -53,6 +53,8 @@ LEAST, MOST, PARTS = 64, 1024, 200
 """Samples a part, at least and at most; between them, so many parts."""
 PROBES = 48
 """Images that the estimate is made from."""
+FEW_SECONDS = 20
+"""Work that one process does in about the time that others need to import FFCV (which imports torch)."""
 MARGIN = 1.05
 """Room asked for, in relation to the estimate."""
 
@@ -118,7 +120,8 @@ def write_beton(
         index: the source.
         out: the beton to write, ending in .beton; `default_out` where it is None.
         form: how samples are stored.
-        workers: processes; 0 takes one a core.
+        workers: processes; 0 takes one a core, or this one alone for little work. A script that asks for more than 1
+            needs the guard `if __name__ == "__main__"`, as always with processes that are spawned.
         tell: called with the estimate, and the bytes that are free there, before the work starts.
         progress: called now and then.
 
@@ -137,8 +140,9 @@ def write_beton(
         resumed = sum(count for _, count in bounds[:done])
         resumed += sum(count for k, (_, count) in enumerate(bounds[done:], done) if _part(folder, k).exists())
         if done < len(bounds):
-            _check_room(index, form, folder, resumed, tell)
-        for k in _parts(index, form, folder, bounds, done, workers or len(os.sched_getaffinity(0))):
+            seconds = _check_room(index, form, folder, resumed, tell)
+            workers = workers or (1 if seconds < FEW_SECONDS else len(os.sched_getaffinity(0)))
+        for k in _parts(index, form, folder, bounds, done, workers):
             join.add(_part(folder, k), _part(folder, k).with_suffix(".npz"))
             if progress is not None:
                 progress(sum(bounds[k]), len(index))
@@ -169,7 +173,7 @@ def estimate(index: Index, form: Form) -> Estimate:
         sizes.append(size)
         return 0, np.empty(size, np.uint8)
 
-    state = np.random.get_state()  # noqa: NPY002: FFCV draws from it where the mode is mixed
+    state = np.random.get_state()  # noqa: NPY002 (FFCV draws from it where the mode is mixed)
     np.random.seed(0)  # noqa: NPY002
     for row in np.unique(np.linspace(0, len(index) - 1, PROBES).round().astype(np.int64)).tolist():
         tried += 1
@@ -218,9 +222,11 @@ def _at_work(folder: Path, path: Path, job: dict[str, Any]) -> Iterator[None]:
         if not folder.exists():
             for there in (path, path.with_suffix(".parquet")):
                 if there.exists():
-                    raise DataError("The output is there already", where=str(there), fix="Remove it, or give another --out")
+                    raise DataError(
+                        "The output is there already", where=str(there), fix="Remove it, or give another --out"
+                    )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115: it is closed below
+        lock = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise EnvironmentProblem(
             f"There is no writing here: {error.strerror}",
@@ -264,8 +270,8 @@ def _part(folder: Path, k: int) -> Path:
 
 def _check_room(
     index: Index, form: Form, folder: Path, done: int, tell: Callable[[Estimate, int], None] | None
-) -> None:
-    """Say what it takes, and refuse where that is more than there is."""
+) -> float:
+    """Say what it takes, and refuse where that is more than there is; the seconds of work that are left."""
     expected = estimate(index, form)
     left = 1 - done / len(index)
     free = shutil.disk_usage(folder).free
@@ -278,6 +284,7 @@ def _check_room(
             where=str(folder.parent),
             fix="Give --out a disk with more room, or take a smaller --side, --mode jpeg or a lower --quality",
         )
+    return left * expected.seconds
 
 
 def _parts(
@@ -285,6 +292,11 @@ def _parts(
 ) -> Iterator[int]:
     """Have the parts from `done` on written; yields their numbers, in order, as they are finished."""
     if done == len(bounds):
+        return
+    if workers == 1:
+        for k in range(done, len(bounds)):
+            beton_parts.write_part(index, form, *bounds[k], _part(folder, k))
+            yield k
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks of threads
     pool = ProcessPoolExecutor(

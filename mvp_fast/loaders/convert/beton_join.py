@@ -182,5 +182,3 @@ def _read_journal(path: Path) -> Joined:
             where=str(path),
             fix=f"Remove the folder {path.parent}, and start again",
         ) from error
-
-

@@ -133,8 +133,8 @@ class _Samples:
 def _writer(path: Path, form: Form) -> Any:
     """FFCV's DatasetWriter, working in this process.
 
-    FFCV starts processes of its own and waits for ever where one of them ends early, as on a full disk. Its parts are
-    called here one after the other: prepare, the work of one of its workers, finalize.
+    FFCV starts processes of its own and waits for ever where one of them ends early, as on a full disk. What they do is
+    done here one after the other, by FFCV's functions: prepare, the work of one worker, finalize.
     """
     module = ffcv_library.load("ffcv.writer")
 
@@ -172,7 +172,7 @@ def write_part(index: Index, form: Form, first: int, count: int, path: Path) -> 
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     samples = _Samples(index, first, count, form.side)
-    np.random.seed(first % (1 << 32))  # noqa: NPY002: FFCV draws with it which samples of a mixed part become JPEG
+    np.random.seed(first % (1 << 32))  # noqa: NPY002 (FFCV draws with it which samples of a mixed part become JPEG)
     try:
         _writer(temporary, form).from_indexed_dataset(samples)
         _check_whole(temporary)
@@ -229,7 +229,6 @@ def start_worker(index: Path, form: Form, parent: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
-    os.environ["TQDM_DISABLE"] = "1"  # FFCV's own progress bars
 
     def watch() -> None:
         while os.getppid() == parent:
