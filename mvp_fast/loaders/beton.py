@@ -4,8 +4,7 @@ The file says where its samples are; the index says the same again. A sample for
 damage to the file's tables is found before a byte of pixels is read.
 
 The format's version 2, little-endian: a header; a descriptor a field; the table, a row a sample and a column a field;
-pages with the samples' bytes; a table of allocations, which is not needed here. tests/test_beton.py holds this to FFCV's
-own reader.
+pages with the samples' bytes; a table of allocations, which is not needed here. The tests hold this to FFCV's reader.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ class Beton:
         Raises:
             BadSampleError: the file ends before that, or can't be read.
         """
-        view, done = memoryview(into), 0
+        view, done = into.data, 0
         while done < len(view):
             try:
                 more = os.preadv(self.descriptor, [view[done:]], offset + done)
@@ -140,9 +139,7 @@ def _image_table(path: Path, samples: int) -> NDArray[Any]:
             if header["version"] != VERSION:
                 raise wrong(f"The beton has version {header['version']}, or is none: version {VERSION} is read")
             if header["num_samples"] != samples:
-                raise wrong(
-                    f"The beton has {header['num_samples']:,} samples, its index {samples:,}: they do not belong together"
-                )
+                raise wrong(f"The beton has {header['num_samples']:,} samples, and its index has {samples:,}")
             fields = np.frombuffer(file.read(FIELD.itemsize * int(header["num_fields"])), FIELD)
             types = fields["type_id"].tolist()
             if len(types) != header["num_fields"] or COLUMNS.index(IMAGE) not in types or max(types) >= len(COLUMNS):

@@ -102,7 +102,7 @@ class Join:
             file.truncate(self._end)  # what an interrupted attempt wrote behind it goes; padding reads as zeros
             for source, target, size in zip(part.samples["data_ptr"], pointers, part.size_n, strict=True):
                 file.seek(int(target))
-                file.write(part.data[int(source) : int(source) + int(size)])
+                file.write(part.data[int(source) : int(source) + int(size)].data)
             file.flush()
             os.fsync(file.fileno())
         end = int(pointers[-1] + part.size_n[-1]) if len(pointers) else self._end
@@ -174,8 +174,8 @@ def _read_journal(path: Path) -> Joined:
     try:
         with np.load(path) as found:
             bad = [Bad(**entry) for entry in json.loads(str(found["bad"]))]
-            columns = [found[name] for name in ("image", "label", "row", "size")]
-            return Joined(*columns, bad, int(found["end"]))
+            image, label, row, size = (found[name] for name in ("image", "label", "row", "size"))
+            return Joined(image, label, row, size, bad, int(found["end"]))
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"The journal of an unfinished conversion is damaged: {error}",

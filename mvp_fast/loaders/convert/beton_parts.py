@@ -138,7 +138,7 @@ def _writer(path: Path, form: Form) -> Any:
     """
     module = ffcv_library.load("ffcv.writer")
 
-    class Writer(module.DatasetWriter):  # type: ignore[misc, name-defined]
+    class Writer(module.DatasetWriter):  # type: ignore[name-defined]
         def _write_common(self, num_samples: int, queue_content: Any, work_fn: Any, extra_worker_args: Any) -> None:
             self.num_samples = num_samples
             self.prepare()
