@@ -231,7 +231,7 @@ def test_odd_images(tmp_path: Path, mode: str) -> None:
 
 
 def test_the_estimate_is_near_the_truth(files: Index, tmp_path: Path) -> None:
-    from mvp_fast.loaders.convert.beton import estimate
+    from mvp_fast.loaders.convert.beton_estimate import estimate
     from mvp_fast.loaders.convert.beton_parts import PAGE, Form
 
     for mode in ("raw", "jpeg"):

@@ -13,7 +13,7 @@ import tyro
 from mvp_fast.cli.parse import parse
 
 if TYPE_CHECKING:
-    from mvp_fast.loaders.convert.beton import Estimate
+    from mvp_fast.loaders.convert.beton_estimate import Estimate
     from mvp_fast.samples.index_build import BadFile
 
 SHOWN = 10  # bad images that are printed; the list beside the index has all

@@ -39,9 +39,9 @@ from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.loaders import ffcv_library
 from mvp_fast.loaders.beton import SUFFIX
 from mvp_fast.loaders.convert import beton_parts
+from mvp_fast.loaders.convert.beton_estimate import Estimate, check_room
 from mvp_fast.loaders.convert.beton_join import Join, Joined, write_beside
 from mvp_fast.loaders.convert.beton_parts import PAGE, Form
-from mvp_fast.loaders.encoded import BadSampleError
 from mvp_fast.samples.files import replacing
 from mvp_fast.samples.index import COLUMNS, VERSION, Index
 from mvp_fast.samples.index_build import BadFile, write_bad, write_table
@@ -51,30 +51,11 @@ FORMAT = 1
 SIDES = (16, 1600)  # a raw image of the greatest side still fits into a page
 LEAST, MOST, PARTS = 64, 1024, 200
 """Samples a part, at least and at most; between them, so many parts."""
-PROBES = 48
-"""Images that the estimate is made from."""
 FEW_SECONDS = 20
 """Work that one process does in about the time that others need to import FFCV (which imports torch)."""
-MARGIN = 1.05
-"""Room asked for, in relation to the estimate."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of samples done and their total."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a conversion will take.
-
-    Attributes:
-        bytes: of the beton.
-        seconds: of work, of one process.
-        images: it was made from.
-    """
-
-    bytes: int
-    seconds: float
-    images: int
 
 
 @dataclass(frozen=True)
@@ -140,7 +121,7 @@ def write_beton(
         resumed = sum(count for _, count in bounds[:done])
         resumed += sum(count for k, (_, count) in enumerate(bounds[done:], done) if _part(folder, k).exists())
         if done < len(bounds):
-            seconds = _check_room(index, form, folder, resumed, tell)
+            seconds = check_room(index, form, folder, resumed, tell)
             workers = workers or (1 if seconds < FEW_SECONDS else len(os.sched_getaffinity(0)))
         for k in _parts(index, form, folder, bounds, done, workers):
             join.add(_part(folder, k), _part(folder, k).with_suffix(".npz"))
@@ -162,30 +143,6 @@ def write_beton(
     seconds = time.monotonic() - began
     images, size = len(index) - len(bad), path.stat().st_size
     return BetonReport(path, path.with_suffix(".parquet"), images, size, bad, bad_path, resumed, seconds)
-
-
-def estimate(index: Index, form: Form) -> Estimate:
-    """Store some images, evenly spread, in memory, and tell from them what all will take."""
-    field: Any = form.fields()["image"]
-    entry, sizes, tried, began = np.zeros(1, field.metadata_type), list[int](), 0, time.process_time()
-
-    def allocate(size: int) -> tuple[int, Any]:
-        sizes.append(size)
-        return 0, np.empty(size, np.uint8)
-
-    state = np.random.get_state()  # noqa: NPY002 (FFCV draws from it where the mode is mixed)
-    np.random.seed(0)  # noqa: NPY002
-    for row in np.unique(np.linspace(0, len(index) - 1, PROBES).round().astype(np.int64)).tolist():
-        tried += 1
-        try:
-            field.encode(entry, beton_parts.decode(index, row, form.side), allocate)
-        except BadSampleError:
-            continue
-    np.random.set_state(state)  # noqa: NPY002
-    mean = sum(sizes) / tried
-    # A page ends with half a sample's room unused, on average; a sample has 64 bytes or less in the two tables.
-    whole = len(index) * (mean * (1 + mean / (2 * PAGE)) + 64) + PAGE
-    return Estimate(int(whole), (time.process_time() - began) / tried * len(index), tried)
 
 
 def _check(index: Index, out: Path | None, form: Form, workers: int) -> Path:
@@ -266,25 +223,6 @@ def _bounds(samples: int) -> list[tuple[int, int]]:
 
 def _part(folder: Path, k: int) -> Path:
     return folder / f"{k:06d}{SUFFIX}"
-
-
-def _check_room(
-    index: Index, form: Form, folder: Path, done: int, tell: Callable[[Estimate, int], None] | None
-) -> float:
-    """Say what it takes, and refuse where that is more than there is; the seconds of work that are left."""
-    expected = estimate(index, form)
-    left = 1 - done / len(index)
-    free = shutil.disk_usage(folder).free
-    if tell is not None:
-        tell(expected, free)
-    needed = int(MARGIN * left * expected.bytes)
-    if needed > free:
-        raise EnvironmentProblem(
-            f"The disk has {free / 1e9:.2f} GB left, and the beton will take about {needed / 1e9:.2f} GB",
-            where=str(folder.parent),
-            fix="Give --out a disk with more room, or take a smaller --side, --mode jpeg or a lower --quality",
-        )
-    return left * expected.seconds
 
 
 def _parts(
