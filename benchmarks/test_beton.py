@@ -27,7 +27,11 @@ from mvp_fast.loaders.registry import make_loader
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
 
-pytestmark = pytest.mark.timeout(900)  # also on a busy machine
+pytestmark = [
+    pytest.mark.timeout(900),  # also on a busy machine
+    # numba's, when the code that FFCV's loader compiled is thrown away
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def stored(index: Index, sample: int) -> np.ndarray:
