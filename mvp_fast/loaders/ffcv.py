@@ -18,6 +18,7 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,12 +88,15 @@ def carry_out(
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch in flight: one future for ROWS_A_TASK rows, which are written into `images_BHWC`."""
+    """A batch in flight: one future for ROWS_A_TASK rows, which are written into `images_BHWC`.
+
+    A row whose sample is good gives its cost alone: a slice of the plan for it takes a share of a raw sample's time.
+    """
 
     step: int
     rows: PlanRows
     images_BHWC: torch.Tensor
-    futures: list[Future[list[Settled[Cost]]]]
+    futures: list[Future[list[Cost | Settled[Cost]]]]
 
 
 class _FfcvRun:
@@ -120,21 +124,28 @@ class _FfcvRun:
         images_BHWC = torch.empty((len(rows), plan.image_size, plan.image_size, 3), dtype=torch.uint8)
         out_BHWC = images_BHWC.numpy()
 
-        def attempt(row: PlanRows, i: int) -> Cost:
-            x, y, width, height = (int(column[0]) for column in (row.x_B, row.y_B, row.width_B, row.height_B))
-            sample, flip = int(row.sample_B[0]), bool(row.flip_B[0])
+        columns = (rows.sample_B, rows.x_B, rows.y_B, rows.width_B, rows.height_B, rows.flip_B)
+        planned = list(zip(*(column.tolist() for column in columns), strict=True))
+
+        def attempt(i: int, sample: int, x: int, y: int, width: int, height: int, flip: bool) -> Cost:
             cropper: Cropper = self._local.cropper
             return carry_out(plan.index, beton, cropper, sample, (x, y, width, height), flip, out_BHWC[i])
 
-        def work(first: int) -> list[Settled[Cost]]:
-            done: list[Settled[Cost]] = []
+        def attempt_stand_in(i: int, row: PlanRows) -> Cost:
+            sample, x, y, width, height = (
+                int(column[0]) for column in (row.sample_B, row.x_B, row.y_B, row.width_B, row.height_B)
+            )
+            return attempt(i, sample, x, y, width, height, bool(row.flip_B[0]))
+
+        def work(first: int) -> list[Cost | Settled[Cost]]:
+            done: list[Cost | Settled[Cost]] = []
             for i in range(first, min(first + ROWS_A_TASK, len(rows))):
-                row = rows.slice(i, i + 1)
                 try:
-                    done.append(Settled(row, attempt(row, i)))
+                    done.append(attempt(i, *planned[i]))
                 except BadSampleError as bad:
-                    done.append(settle(plan, step, rows, i, lambda row, i=i: attempt(row, i), first=bad))  # type: ignore[misc]
-                    if done[-1].value is None:
+                    settled = settle(plan, step, rows, i, partial(attempt_stand_in, i), first=bad)
+                    done.append(settled)
+                    if settled.value is None:
                         break
             return done
 
@@ -147,7 +158,8 @@ class _FfcvRun:
         step = self._steps.popleft()
         rows, costs, i = step.rows, list[Cost](), 0
         for future in step.futures:
-            for settled in future.result():
+            for done in future.result():
+                settled = Settled(rows, done) if isinstance(done, Cost) else done
                 self._failures.account(settled)  # which raises where no stand-in was found
                 if settled.value is not None:
                     costs.append(settled.value)
