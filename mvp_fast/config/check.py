@@ -79,11 +79,28 @@ def check_config(config: Config) -> None:
             f"train.batch-size {train.batch_size} can't be split into {train.accumulate} equal micro-batches",
             fix="Choose train.accumulate so that it divides train.batch-size",
         )
+    check_interpolation(data.loader, data.interpolation)
     nothing_masked = config.objective.tokens == "masked" and config.mask.patches == 0
     if nothing_masked and not config.objective.cls:
         raise ConfigError(
             "There is no token in the loss: objective.tokens is masked, mask.patches is 0 and objective.cls is False",
             fix="Set mask.patches above 0, objective.tokens to all, or objective.cls to True",
+        )
+
+
+def check_interpolation(loader: str, interpolation: str) -> None:
+    """ConfigError where a loader does not have the resize filter: it is never replaced by another in silence."""
+    if loader == "ffcv" and interpolation != "area":
+        raise ConfigError(
+            "The loader `ffcv` resizes with OpenCV's area filter alone",
+            where=f"data.interpolation is {interpolation}",
+            fix="Say so with --data.interpolation area, or take another loader",
+        )
+    if interpolation == "area" and loader not in ("ffcv", "synthetic"):
+        raise ConfigError(
+            f"The loader `{loader}` has no area filter",
+            where="data.interpolation is area",
+            fix="Take bicubic or bilinear, or the loader ffcv",
         )
 
 

@@ -28,9 +28,9 @@ class DataConfig:
 
     index: str = ""
     """The Parquet index that `mvp-fast data index` wrote, or the folder that holds it as index.parquet."""
-    loader: Literal["auto", "dali", "cpu", "torchvision", "synthetic"] = "auto"
+    loader: Literal["auto", "dali", "cpu", "torchvision", "ffcv", "synthetic"] = "auto"
     """The backend; all see the same samples, boxes and masks. auto: `dali` where it decodes on the GPU, else `cpu`; the
-    run's header says which. `synthetic` repeats one resident batch (a ceiling)."""
+    run's header says which. `ffcv` reads a beton (data convert). `synthetic` repeats one resident batch (a ceiling)."""
     decode: Literal["auto", "gpu", "cpu"] = "auto"
     """Where `dali` decodes, resizes and flips. auto: on the GPU in a run on a GPU. gpu: there, or not at all."""
     hw_decoder_load: float = 0.65
@@ -55,8 +55,8 @@ class DataConfig:
     """Least and greatest aspect ratio (width / height) of a crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Resize filter; antialiased in every backend."""
+    interpolation: Literal["bicubic", "bilinear", "area"] = "bicubic"
+    """Resize filter, antialiased. `area` is OpenCV's, which the loader `ffcv` has alone, and it has no other."""
     bad_sample_budget: float = 0.001
     """Greatest share of samples that may fail to decode; each is replaced by a stand-in. 0 stops at the first."""
     bad_sample_probation: int = 1000

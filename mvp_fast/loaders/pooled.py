@@ -43,7 +43,7 @@ MOST_ROWS_A_TASK = 16
 
 
 class Cost(NamedTuple):
-    """Seconds that an image with its crops took: wall time for the reading, the thread's processor time for the rest."""
+    """Seconds that an image with its crops took: wall time for reading, the thread's processor time for the rest."""
 
     read: float
     decode: float

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mvp_fast.config.check import check_interpolation
 from mvp_fast.config.schema import DataConfig
 from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.loaders.base import Loader
@@ -15,7 +16,7 @@ from mvp_fast.loaders.failures import BadSamples
 if TYPE_CHECKING:
     import torch
 
-LOADERS = ("dali", "cpu", "torchvision", "synthetic")
+LOADERS = ("dali", "cpu", "torchvision", "ffcv", "synthetic")
 
 
 def resolve(name: str, config: DataConfig, device: torch.device | str) -> str:
@@ -65,7 +66,7 @@ def make_loader(
     """Make the loader called `name`.
 
     Args:
-        name: auto, dali, cpu, torchvision or synthetic.
+        name: auto, dali, cpu, torchvision, ffcv or synthetic.
         config: interpolation, threads and the budget for bad samples; the rest of it is in the plan.
         seed: decides the pixels of `synthetic`; the other backends draw nothing.
         local_ranks: ranks on this machine, among which its cores are divided where config.threads is 0.
@@ -74,10 +75,12 @@ def make_loader(
             other backends' batches are on the CPU.
 
     Raises:
-        ConfigError: there is no such loader.
+        ConfigError: there is no such loader, or it does not have the filter.
         EnvironmentProblem: its package is not installed, or there is no GPU for it.
     """
     name = resolve(name, config, device)
+    if name in LOADERS:
+        check_interpolation(name, config.interpolation)
     if name == "synthetic":
         from mvp_fast.loaders.synthetic import SyntheticLoader
 
@@ -97,6 +100,13 @@ def make_loader(
         from mvp_fast.loaders.cpu import CpuLoader
 
         return CpuLoader(config, local_ranks=local_ranks, failures=BadSamples(config, ledger))
+    if name == "ffcv":
+        from mvp_fast.loaders.ffcv_library import need_ffcv
+
+        need_ffcv("data.loader ffcv")
+        from mvp_fast.loaders.ffcv import FfcvLoader
+
+        return FfcvLoader(config, local_ranks=local_ranks, failures=BadSamples(config, ledger))
     near = difflib.get_close_matches(name, LOADERS, n=1)
     hint = f"Did you mean `{near[0]}`?" if near else "Choose one of auto, " + ", ".join(LOADERS)
     raise ConfigError(f"There is no loader `{name}`", where="data.loader", fix=hint)

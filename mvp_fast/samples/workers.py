@@ -31,11 +31,11 @@ def start_worker() -> None:
 
 
 @contextmanager
-def alone(folder: Path, lock: Path, what: str) -> Iterator[None]:
-    """Hold the lock of a folder.
+def alone(place: Path, lock: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder or file that is being made.
 
     Args:
-        folder: for messages.
+        place: what is made, for messages.
         lock: the lock's file, which is made.
         what: what the other process does, in words.
 
@@ -47,7 +47,7 @@ def alone(folder: Path, lock: Path, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fix = "Wait until it is done, or give another --out"
-            raise DataError(f"another process {what} the folder", where=str(folder), fix=fix) from None
+            raise DataError(f"another process {what}", where=str(place), fix=fix) from None
         except OSError as error:  # a file system without locks: go on without
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise

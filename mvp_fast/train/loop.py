@@ -256,7 +256,8 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
         f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
         f" on {ranks.world} x {where}",
         f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen, eager",
-        f"data      {len(run.plan.index):,} images, {loader}, batch {config.train.batch_size}",
+        f"data      {len(run.plan.index):,} images, {loader}, {config.data.interpolation},"
+        f" batch {config.train.batch_size}",
         f"kernels   {kernels}",
         f"run       {run.total_steps:,} steps in {config.run.dir}",
     ]

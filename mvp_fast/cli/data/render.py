@@ -34,7 +34,7 @@ class RenderOptions:
     """The Parquet index, or the folder that holds it as index.parquet."""
     out: str
     """Folder to write to; made where it is missing."""
-    loader: Literal["dali", "cpu", "torchvision", "synthetic"] = "torchvision"
+    loader: Literal["dali", "cpu", "torchvision", "ffcv", "synthetic"] = "torchvision"
     """The backend that carries it out."""
     step: int = 0
     """Step of the plan."""

@@ -104,7 +104,7 @@ def write_shards(
         return _complete(root, layout, began)
     try:
         (root / PARTIAL).mkdir(parents=True, exist_ok=True)
-        with alone(root, root / PARTIAL / "lock", "writes shards into"):
+        with alone(root, root / PARTIAL / "lock", "writes shards into the folder"):
             for torn in root.glob(".shard-*.tmp"):  # of a process that was killed
                 torn.unlink(missing_ok=True)
             with replacing(root / PARTIAL / ASKED) as file:

@@ -56,7 +56,7 @@ def write_set(folder: str | Path, asked: SceneSet, workers: int = 0, progress: P
         if found and not (root / PARTIAL).exists():
             return found
         (root / PARTIAL).mkdir(parents=True, exist_ok=True)
-        with alone(root, root / PARTIAL / "lock", "draws into"):
+        with alone(root, root / PARTIAL / "lock", "draws into the folder"):
             return _draw_set(root, asked, workers or len(os.sched_getaffinity(0)), progress or (lambda done: None))
     except OSError as error:
         raise _explain(error, root) from error
