@@ -92,8 +92,9 @@ def default_launch(op: str, width: int, itemsize: int) -> Launch:
 
 def _attention_launch(op: str, width: int, itemsize: int) -> Launch:
     """Tiles of 64 tokens leave 197 a tail of 16, those of 128 one of 128; see docs/kernels.md."""
-    rows = 64 if itemsize == 2 else 32 if itemsize == 4 else LEAST_TILE
-    return Launch(rows, 8 if op == "relpos_attention_fused" or block_of(width) >= 128 else 4)
+    if itemsize == 2:  # where 64 rows are a whole number of Hopper's instructions for one group of four warps
+        return Launch(32 if op == f"{ATTENTION}_key" and width > 64 else 64, 4)
+    return Launch(32, 8) if itemsize == 4 else Launch(LEAST_TILE, 4)
 
 
 def block_of(width: int) -> int:

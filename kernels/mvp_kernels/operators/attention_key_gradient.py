@@ -48,7 +48,7 @@ def key_step(
     delta_R = read_numbers(delta_ptr, row_R, kept_R, 0.0, MASKED)
     s_KR = dot(k_KD, tl.trans(q_RD), None, WIDE) * SCALE
     if BIAS:
-        at_KR = bias[0] + bias_row_R.to(tl.int64)[None, :] * bias[1] + key_K[:, None]
+        at_KR = bias[0] + (bias_row_R[None, :] * bias[1] + key_K[:, None])
         if MASKED or TAIL:
             s_KR += tl.load(at_KR, mask=kept_R[None, :] & (key_K < keys)[:, None], other=0.0).to(WIDE)
         else:

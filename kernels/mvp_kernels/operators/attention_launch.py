@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mvp_kernels.launch import LEAST_TILE, Launch, block_of, launch_of, programs_of
+from mvp_kernels.launch import LEAST_TILE, block_of, launch_of, programs_of
 from mvp_kernels.operators.attention_forward import attention_kernel
 from mvp_kernels.operators.attention_key_gradient import key_gradient_kernel
 from mvp_kernels.operators.attention_query_gradient import bias_gradient_kernel, query_gradient_kernel
@@ -21,12 +21,7 @@ from mvp_kernels.operators.relpos_bias import sum_of_slices
 from mvp_kernels.operators.rows import TRITON_TYPES, side_by_side, wide_of
 
 SLICES = 16  # of the images, at most: programs enough for a large GPU, with partial sums of 30 MB for 12 heads of 197
-FUSED_VALUES = 72  # of the bias's gradient, to a lane, beside which dq's tiles still fit in registers
-DQ, DQ_AND_BIAS = (
-    "relpos_attention_query",
-    "relpos_attention_fused",
-)  # names of launches, as the forward op's is its own
-DBIAS, DKV = "relpos_attention_bias", "relpos_attention_key"
+FORWARD, DQ, DBIAS, DKV = (f"relpos_attention{part}" for part in ("", "_query", "_bias", "_key"))
 
 
 class Heads(NamedTuple):
@@ -54,8 +49,8 @@ class Heads(NamedTuple):
             "WIDE": TRITON_TYPES[wide_of(self.q)],
         }
 
-    def tiles(self, op: str) -> tuple[Cut, Cut, Launch, dict[str, int]]:
-        """How queries and keys are cut for a kernel, its launch parameters, and both as the kernel wants them."""
+    def tiles(self, op: str) -> tuple[Cut, Cut, dict[str, int]]:
+        """How queries and keys are cut for a kernel, and its launch parameters, all as the kernel wants them."""
         launch = launch_of(op, self.q.shape[-1], self.q.dtype, self.q.device)
         rows = keys = max(LEAST_TILE, launch.rows)
         if op == DBIAS:  # whose rows are the bias's
@@ -64,14 +59,15 @@ class Heads(NamedTuple):
             by_query, by_key = cut(self.q.shape[2], rows), cut(self.k.shape[2], keys)
         named = {"ROWS": rows, "QUERY_TILES": by_query.whole, "QUERY_TAIL": by_query.tail}
         named |= {"KEYS": keys, "KEY_TILES": by_key.whole, "KEY_TAIL": by_key.tail}
-        return by_query, by_key, launch, named | {"num_warps": launch.warps}
+        named |= {"num_warps": launch.warps, "num_stages": 2}
+        return by_query, by_key, named
 
 
 def attend(heads: Heads, out: Tensor, lse: Tensor) -> None:
     """Writes out (B, H, M, D) and lse (B, H, M)."""
     if heads.empty:
         return
-    by_query, _, _, tiles = heads.tiles("relpos_attention")
+    by_query, _, tiles = heads.tiles(FORWARD)
     images, count, queries, _ = heads.q.shape
     attention_kernel[(images, by_query.tiles, count)](
         heads.q,
@@ -100,55 +96,37 @@ def attend_backward(
         dk.zero_(), dv.zero_()
         return empty_bias_gradient(heads.q, heads.bias, want_bias).zero_()
     delta = torch.empty_like(lse)
-    partial = _query_gradient(heads, grad, out, lse, delta, dq, want_bias)
+    _query_gradient(heads, grad, out, lse, delta, dq)
     _key_gradient(heads, grad, lse, delta, dk, dv)
     if not want_bias:
         return empty_bias_gradient(heads.q, heads.bias, False)
     assert heads.bias is not None
-    if partial is None:
-        partial = _bias_gradient(heads, grad, lse, delta)
-    return sum_of_slices(partial, heads.bias.dtype)
+    return sum_of_slices(_bias_gradient(heads, grad, lse, delta), heads.bias.dtype)
 
 
-def _query_gradient(
-    heads: Heads, grad: Tensor, out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, want_bias: bool
-) -> Tensor | None:
-    """Writes delta and dq; the bias's partial sums, where they come with it."""
+def _query_gradient(heads: Heads, grad: Tensor, out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
+    """Writes delta and dq."""
     images, count, queries, _ = heads.q.shape
-    keys = heads.k.shape[2]
-    by_query, by_key, launch, tiles = heads.tiles(DQ_AND_BIAS)
-    held = tiles["ROWS"] * (by_key.whole * tiles["KEYS"] + by_key.tail)
-    fused = want_bias and heads.query_index is None and held <= FUSED_VALUES * 32 * launch.warps
-    if not fused:
-        by_query, by_key, launch, tiles = heads.tiles(DQ)
-    each = _images_a_program(images) if fused else 1
-    slices = programs_of(images, each)
-    partial = _partial(slices, heads) if fused else None
-    query_gradient_kernel[(slices, by_query.tiles, count)](
+    by_query, _, tiles = heads.tiles(DQ)
+    query_gradient_kernel[(images, by_query.tiles, count)](
         (heads.q, heads.k, heads.v, out, grad, heads.query_index, lse, delta, dq),
         tuple(_strides(x) for x in (heads.q, heads.k, heads.v, out, grad, dq)),
         heads.bias,
         _bias_strides(heads.bias),
-        partial,
-        images,
         count,
         queries,
-        keys,
-        IMAGES=each,
-        RAGGED=images % each != 0,
-        FUSED=fused,
+        heads.k.shape[2],
         INDEXED=heads.query_index is not None,
         **tiles,
         **heads.constants(),
     )
-    return partial
 
 
 def _bias_gradient(heads: Heads, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The bias's partial sums by themselves."""
     images, count, queries, _ = heads.q.shape
     keys = heads.k.shape[2]
-    by_row, by_key, _, tiles = heads.tiles(DBIAS)
+    by_row, by_key, tiles = heads.tiles(DBIAS)
     each = _images_a_program(images)
     slices = programs_of(images, each)
     partial = _partial(slices, heads)
@@ -175,7 +153,7 @@ def _bias_gradient(heads: Heads, grad: Tensor, lse: Tensor, delta: Tensor) -> Te
 def _key_gradient(heads: Heads, grad: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Writes dk and dv."""
     images, count, queries, _ = heads.q.shape
-    _, by_key, _, tiles = heads.tiles(DKV)
+    _, by_key, tiles = heads.tiles(DKV)
     tensors = (heads.k, heads.v, heads.q, grad, dk, dv)
     key_gradient_kernel[(images, by_key.tiles, count)](
         tensors,

@@ -5,10 +5,8 @@ of out g (Dao et al., FlashAttention, arXiv 2205.14135):
 
     ds = p (g v^T - delta)    dq = scale ds k    dk = scale ds^T q    dv = p^T g    dbias = sum over images of ds
 
-query_gradient_kernel   dq and delta; fused, it goes over several images and keeps the sum of ds of its queries and all
-                        keys in registers, so that the bias's gradient costs no further matrix product
-bias_gradient_kernel    the sum of ds alone, of a tile of queries and a tile of keys: where all keys are too many for
-                        registers, or images have queries of their own (query_index)
+query_gradient_kernel   dq and delta: a tile of queries of one image
+bias_gradient_kernel    the sum of ds over a slice of the images, of a tile of the bias that stays in registers
 
 There are no atomics: a program leaves the sum over its own images, S slices in all, which `slice_sum_kernel` of
 `mvp_kernels.operators.relpos_bias` adds up in a fixed order. dk and dv are in `attention_key_gradient`.
@@ -56,7 +54,7 @@ def query_step(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Take a tile of keys in: the gradient of the scores and dq (without scale) so far."""
+    """Take a tile of keys in: dq (without scale) so far."""
     key_K = start + tl.arange(0, KEYS)
     k_KD = read_tokens(k, key_K, key_K < keys, TAIL, WIDTH, BLOCK)
     v_KD = read_tokens(v, key_K, key_K < keys, TAIL, WIDTH, BLOCK)
@@ -64,15 +62,7 @@ def query_step(
         q_RD, grad_RD, lse_R, delta_R, k_KD, v_KD, bias, bias_row_R, kept_R, key_K, keys,
         BIAS, SCALE, MASKED, TAIL, WIDE,
     )  # fmt: skip
-    return ds_RK, dot(ds_RK.to(k_KD.dtype), k_KD, dq_RD, WIDE)
-
-
-@triton.jit
-def write_sum(sum_RK, partial_ptr, row_R, start, queries, keys, KEYS: tl.constexpr):
-    """A tile of a program's sum of ds, (N, N)."""
-    key_K = start + tl.arange(0, KEYS)
-    at_RK = partial_ptr + row_R.to(tl.int64)[:, None] * keys + key_K[None, :]
-    tl.store(at_RK, sum_RK, mask=(row_R < queries)[:, None] & (key_K < keys)[None, :])
+    return dot(ds_RK.to(k_KD.dtype), k_KD, dq_RD, WIDE)
 
 
 @triton.jit
@@ -80,9 +70,7 @@ def query_gradient(
     pointers,
     strides,
     bias,
-    partial_ptr,
     start,
-    images,
     heads,
     queries,
     keys,
@@ -91,9 +79,6 @@ def query_gradient(
     KEYS: tl.constexpr,
     KEY_TILES: tl.constexpr,
     KEY_TAIL: tl.constexpr,
-    IMAGES: tl.constexpr,
-    RAGGED: tl.constexpr,
-    FUSED: tl.constexpr,
     BIAS: tl.constexpr,
     INDEXED: tl.constexpr,
     SCALE: tl.constexpr,
@@ -101,79 +86,45 @@ def query_gradient(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A tile of queries of a head, in IMAGES images one after the other. RAGGED: some may be past the last image."""
+    """A tile of queries against all keys. PARTIAL: it reaches past the last query."""
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, query_index_ptr, lse_ptr, delta_ptr, dq_ptr = pointers
     q_strides, k_strides, v_strides, out_strides, grad_strides, dq_strides = strides
-    head = tl.program_id(2)
+    image, head = tl.program_id(0), tl.program_id(2)
     row_R = start + tl.arange(0, ROWS)
-    MASKED: tl.constexpr = PARTIAL or INDEXED or RAGGED
-    sums = ()
-    if FUSED:
-        for _ in tl.static_range(KEY_TILES):
-            sums = sums + (tl.zeros([ROWS, KEYS], WIDE),)  # noqa: RUF005
-        if KEY_TAIL > 0:
-            sums = sums + (tl.zeros([ROWS, KEY_TAIL], WIDE),)  # noqa: RUF005
-    for step in range(IMAGES):
-        image = tl.program_id(0) * IMAGES + step
-        inside_R = row_R < queries
-        if RAGGED:
-            inside_R = inside_R & (image < images)
-            image = tl.minimum(image, images - 1)
-        bias_row_R, kept_R = row_R, inside_R
-        if INDEXED:
-            bias_row_R, kept_R = query_rows(query_index_ptr + image.to(tl.int64) * queries, row_R, queries, keys)
-        first = (image.to(tl.int64) * heads + head) * queries
-        k, v = head_of(k_ptr, k_strides, image, head), head_of(v_ptr, v_strides, image, head)
-        q_RD = read_tokens(head_of(q_ptr, q_strides, image, head), row_R, kept_R, MASKED, WIDTH, BLOCK)
-        grad_RD = read_tokens(head_of(grad_ptr, grad_strides, image, head), row_R, kept_R, MASKED, WIDTH, BLOCK)
-        out_RD = read_tokens(head_of(out_ptr, out_strides, image, head), row_R, kept_R, MASKED, WIDTH, BLOCK)
-        lse_R = read_numbers(lse_ptr + first, row_R, kept_R, float("inf"), MASKED)
-        delta_R = tl.sum(out_RD.to(WIDE) * grad_RD.to(WIDE), axis=1)
-        tl.store(delta_ptr + first + row_R, delta_R, mask=inside_R)
-        dq_RD = tl.zeros([ROWS, BLOCK], WIDE)
-        if FUSED:
-            grown = ()
-            for tile in tl.static_range(KEY_TILES):
-                ds_RK, dq_RD = query_step(
-                    q_RD, grad_RD, lse_R, delta_R, dq_RD, k, v, bias, bias_row_R, kept_R, tile * KEYS, keys,
-                    KEYS, BIAS, SCALE, MASKED, False, WIDTH, BLOCK, WIDE,
-                )  # fmt: skip
-                grown = grown + (sums[tile] + ds_RK,)  # noqa: RUF005
-            if KEY_TAIL > 0:
-                ds_RK, dq_RD = query_step(
-                    q_RD, grad_RD, lse_R, delta_R, dq_RD, k, v, bias, bias_row_R, kept_R, KEY_TILES * KEYS, keys,
-                    KEY_TAIL, BIAS, SCALE, MASKED, True, WIDTH, BLOCK, WIDE,
-                )  # fmt: skip
-                grown = grown + (sums[KEY_TILES] + ds_RK,)  # noqa: RUF005
-            sums = grown
-        else:
-            for tile in range(KEY_TILES):
-                _, dq_RD = query_step(
-                    q_RD, grad_RD, lse_R, delta_R, dq_RD, k, v, bias, bias_row_R, kept_R, tile * KEYS, keys,
-                    KEYS, BIAS, SCALE, MASKED, False, WIDTH, BLOCK, WIDE,
-                )  # fmt: skip
-            if KEY_TAIL > 0:
-                _, dq_RD = query_step(
-                    q_RD, grad_RD, lse_R, delta_R, dq_RD, k, v, bias, bias_row_R, kept_R, KEY_TILES * KEYS, keys,
-                    KEY_TAIL, BIAS, SCALE, MASKED, True, WIDTH, BLOCK, WIDE,
-                )  # fmt: skip
-        dq = head_of(dq_ptr, dq_strides, image, head)
-        write_tokens(dq_RD * SCALE, dq, row_R, inside_R, PARTIAL or RAGGED, WIDTH, BLOCK)
-    if FUSED:
-        for tile in tl.static_range(KEY_TILES):
-            write_sum(sums[tile], partial_ptr, row_R, tile * KEYS, queries, keys, KEYS)
-        if KEY_TAIL > 0:
-            write_sum(sums[KEY_TILES], partial_ptr, row_R, KEY_TILES * KEYS, queries, keys, KEY_TAIL)
+    inside_R = row_R < queries
+    MASKED: tl.constexpr = PARTIAL or INDEXED
+    bias_row_R, kept_R = row_R, inside_R
+    if INDEXED:
+        bias_row_R, kept_R = query_rows(query_index_ptr + image.to(tl.int64) * queries, row_R, queries, keys)
+    first = (image.to(tl.int64) * heads + head) * queries
+    k, v = head_of(k_ptr, k_strides, image, head), head_of(v_ptr, v_strides, image, head)
+    q_RD = read_tokens(head_of(q_ptr, q_strides, image, head), row_R, kept_R, MASKED, WIDTH, BLOCK)
+    grad_RD = read_tokens(head_of(grad_ptr, grad_strides, image, head), row_R, kept_R, MASKED, WIDTH, BLOCK)
+    out_RD = read_tokens(head_of(out_ptr, out_strides, image, head), row_R, kept_R, MASKED, WIDTH, BLOCK)
+    lse_R = read_numbers(lse_ptr + first, row_R, kept_R, float("inf"), MASKED)
+    delta_R = tl.sum(out_RD.to(WIDE) * grad_RD.to(WIDE), axis=1)
+    tl.store(delta_ptr + first + row_R, delta_R, mask=inside_R)
+    dq_RD = tl.zeros([ROWS, BLOCK], WIDE)
+    for tile in range(KEY_TILES):
+        dq_RD = query_step(
+            q_RD, grad_RD, lse_R, delta_R, dq_RD, k, v, bias, bias_row_R, kept_R, tile * KEYS, keys,
+            KEYS, BIAS, SCALE, MASKED, False, WIDTH, BLOCK, WIDE,
+        )  # fmt: skip
+    if KEY_TAIL > 0:
+        dq_RD = query_step(
+            q_RD, grad_RD, lse_R, delta_R, dq_RD, k, v, bias, bias_row_R, kept_R, KEY_TILES * KEYS, keys,
+            KEY_TAIL, BIAS, SCALE, MASKED, True, WIDTH, BLOCK, WIDE,
+        )  # fmt: skip
+    dq = head_of(dq_ptr, dq_strides, image, head)
+    write_tokens(dq_RD * SCALE, dq, row_R, inside_R, PARTIAL, WIDTH, BLOCK)
 
 
-@triton.jit(do_not_specialize=["images", "queries", "keys"])
+@triton.jit(do_not_specialize=["queries", "keys"])
 def query_gradient_kernel(
     pointers,
     strides,
     bias_ptr,
     bias_strides,
-    partial_ptr,
-    images,
     heads,
     queries,
     keys,
@@ -184,29 +135,24 @@ def query_gradient_kernel(
     KEYS: tl.constexpr,
     KEY_TILES: tl.constexpr,
     KEY_TAIL: tl.constexpr,
-    IMAGES: tl.constexpr,
-    RAGGED: tl.constexpr,
-    FUSED: tl.constexpr,
     INDEXED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dq, delta and, fused, partial_SHNN; slice of images, tile of queries and head along the grid's axes."""
+    """dq and delta; image, tile of queries and head along the grid's axes."""
     tile, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
     BIAS: tl.constexpr = bias_ptr is not None
     bias = (bias_ptr + head * bias_strides[0], bias_strides[1]) if BIAS else (pointers[0], 0)
-    if FUSED:
-        partial_ptr += (tl.program_id(0) * heads + head) * queries * keys
     if tile < QUERY_TILES:
         query_gradient(
-            pointers, strides, bias, partial_ptr, tile * ROWS, images, heads, queries, keys,
-            ROWS, False, KEYS, KEY_TILES, KEY_TAIL, IMAGES, RAGGED, FUSED, BIAS, INDEXED, SCALE, WIDTH, BLOCK, WIDE,
+            pointers, strides, bias, tile * ROWS, heads, queries, keys,
+            ROWS, False, KEYS, KEY_TILES, KEY_TAIL, BIAS, INDEXED, SCALE, WIDTH, BLOCK, WIDE,
         )  # fmt: skip
     elif QUERY_TAIL > 0:
         query_gradient(
-            pointers, strides, bias, partial_ptr, QUERY_TILES * ROWS, images, heads, queries, keys, QUERY_TAIL,
-            True, KEYS, KEY_TILES, KEY_TAIL, IMAGES, RAGGED, FUSED, BIAS, INDEXED, SCALE, WIDTH, BLOCK, WIDE,
+            pointers, strides, bias, QUERY_TILES * ROWS, heads, queries, keys,
+            QUERY_TAIL, True, KEYS, KEY_TILES, KEY_TAIL, BIAS, INDEXED, SCALE, WIDTH, BLOCK, WIDE,
         )  # fmt: skip
 
 
@@ -249,7 +195,7 @@ def bias_gradient(
             image = tl.minimum(image, images - 1)
         row_R = token_R
         if INDEXED:
-            row_R = tl.load(inverse_ptr + image.to(tl.int64) * keys + token_R, mask=kept_R, other=-1)
+            row_R = tl.load(inverse_ptr + image.to(tl.int64) * keys + token_R, mask=kept_R, other=-1).to(tl.int32)
             kept_R = row_R >= 0
         first = (image.to(tl.int64) * heads + head) * queries
         q_RD = read_tokens(head_of(q_ptr, q_strides, image, head), row_R, kept_R, MASKED, WIDTH, BLOCK)
@@ -262,7 +208,8 @@ def bias_gradient(
             q_RD, grad_RD, lse_R, delta_R, k_KD, v_KD, bias, token_R, kept_R, key_K, keys,
             True, SCALE, MASKED, TAIL, WIDE,
         )  # fmt: skip
-    write_sum(sum_RK, partial_ptr, token_R, key_start, keys, keys, KEYS)
+    at_RK = partial_ptr + (token_R[:, None] * keys + key_K[None, :])
+    tl.store(at_RK, sum_RK, mask=(token_R < keys)[:, None] & (key_K < keys)[None, :])
 
 
 @triton.jit(do_not_specialize=["images", "queries", "keys"])

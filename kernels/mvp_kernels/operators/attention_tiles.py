@@ -56,7 +56,7 @@ def head_of(ptr, strides, image, head):
 @triton.jit
 def tokens_at(tokens, row_R, BLOCK: tl.constexpr):
     """Where the channels of the tokens `row_R` are."""
-    return tokens[0] + row_R.to(tl.int64)[:, None] * tokens[1] + tl.arange(0, BLOCK)[None, :]
+    return tokens[0] + (row_R[:, None] * tokens[1] + tl.arange(0, BLOCK)[None, :])
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def query_rows(query_index_ptr, row_R, queries, keys):
     if query_index_ptr is None:
         return row_R, inside_R
     else:
-        bias_row_R = tl.load(query_index_ptr + row_R, mask=inside_R, other=-1)
+        bias_row_R = tl.load(query_index_ptr + row_R, mask=inside_R, other=-1).to(tl.int32)
         return bias_row_R, (bias_row_R >= 0) & (bias_row_R < keys)
 
 
@@ -124,7 +124,7 @@ def scores(
     """
     s_RK = dot(q_RD, tl.trans(k_KD), None, WIDE) * SCALE
     if BIAS:
-        at_RK = bias[0] + bias_row_R.to(tl.int64)[:, None] * bias[1] + key_K[None, :]
+        at_RK = bias[0] + (bias_row_R[:, None] * bias[1] + key_K[None, :])
         if MASKED:
             s_RK += tl.load(at_RK, mask=kept_R[:, None] & (key_K < keys)[None, :], other=0.0).to(WIDE)
         elif TAIL:
