@@ -216,6 +216,11 @@ def make_call(name: str, device: str, dtype: torch.dtype = torch.float32, impl: 
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
 
+    heads = torch.randn(3, 2, 2, 18, 5, device=device).to(dtype)  # q, k, v; images, heads, tokens, channels
+    bias_HNN, table_RH = torch.randn(2, 18, 18, device=device).to(dtype), torch.randn(7, 2, device=device).to(dtype)
+    query_BM = torch.tensor([[17, -1, 3], [0, 5, 9]], device=device)
+    index_NN = torch.randint(0, 7, (18, 18), device=device)
+
     calls: dict[str, Call] = {
         "masked_gather": Call(
             "masked_gather", lambda x, index: k.masked_gather(x, index, impl=impl), (leaf(x_BND), index_BM)
@@ -251,6 +256,25 @@ def make_call(name: str, device: str, dtype: torch.dtype = torch.float32, impl: 
             lambda p, t, i: k.guided_loss(p, t, i, "layernorm", impl=impl),
             (leaf(pred_BMD), leaf(x_BND), index_BM),
         ),
+        "relpos_bias": Call("relpos_bias", lambda t, i: k.relpos_bias(t, i, impl=impl), (leaf(table_RH), index_NN)),
+        "relpos_attention": Call(
+            "relpos_attention",
+            lambda q, key, v, b: k.relpos_attention(q, key, v, b, scale=0.7, impl=impl),
+            (*map(leaf, heads), leaf(bias_HNN)),
+        ),
+        "relpos_attention plain": Call(
+            "relpos_attention", lambda q, key, v: k.relpos_attention(q, key, v, impl=impl), tuple(map(leaf, heads))
+        ),
+        "relpos_attention pruned": Call(
+            "relpos_attention",
+            lambda q, key, v, b, i: k.relpos_attention(q, key, v, b, query_index_BM=i, impl=impl),
+            (leaf(heads[0, :, :, :3]), leaf(heads[1]), leaf(heads[2]), leaf(bias_HNN), query_BM),
+        ),
+        "relpos_attention_qkv": Call(
+            "relpos_attention_qkv",
+            lambda qkv, b: k.relpos_attention_qkv(qkv, b, impl=impl),
+            (leaf(heads.permute(1, 3, 0, 2, 4).contiguous()), leaf(bias_HNN)),
+        ),
         "patchify": Call("patchify", lambda images: k.patchify(images, 4, normalizations, impl=impl), (images_BHWC,)),
     }
     return calls[name]
@@ -267,5 +291,10 @@ CALLS = [
     "guided_loss none",
     "guided_loss unindexed",
     "guided_loss target",
+    "relpos_bias",
+    "relpos_attention",
+    "relpos_attention plain",
+    "relpos_attention pruned",
+    "relpos_attention_qkv",
     "patchify",
 ]

@@ -40,6 +40,7 @@ from mvp_fast.train.step import TrainStep
 from tests.conftest import arguments, losses, run_verb
 
 STEPS = 50
+OPS = ("guided_loss", "masked_gather", "patchify", "relpos_attention_qkv", "relpos_bias")
 DEVICES = pytest.mark.parametrize(
     "device",
     [
@@ -89,7 +90,7 @@ def test_both_implementations_give_one_loss_curve(device: str, norm: str) -> Non
     for impl in ("reference", "triton"):
         mvp_kernels.reset_record()
         found[impl] = curve(config, impl, device, STEPS if norm == "l2" else 5)
-        assert mvp_kernels.record() == dict.fromkeys(("guided_loss", "masked_gather", "patchify"), impl)
+        assert mvp_kernels.record() == dict.fromkeys(OPS, impl)
     assert found["triton"] == pytest.approx(found["reference"], rel=1e-5)
     assert found["reference"][-1] < found["reference"][0] - (0.2 if norm == "l2" else 0.01), "it learns nothing"
 

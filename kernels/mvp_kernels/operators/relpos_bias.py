@@ -32,7 +32,7 @@ ROWS, STEP = 4, 32  # rows of the table of a program, and pairs of each at a tim
 def spread_kernel(
     table_ptr, index_ptr, bias_ptr, tokens, pitch, table_rows, table_stride_r, table_stride_h, BLOCK: tl.constexpr
 ):
-    """bias_HNN with rows `pitch` apart, zeros behind the last token; stretch and head along the grid's axes."""
+    """bias_HNN with rows `pitch` apart, what is between them left alone; stretch and head along the grid's axes."""
     place_P = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row_P, column_P = place_P // pitch, place_P % pitch
     inside_P = (row_P < tokens) & (column_P < tokens)
@@ -43,7 +43,7 @@ def spread_kernel(
     # A row that the table has not is NaN, as in masked_gather.
     nan_P = tl.full([BLOCK], float("nan"), tl.float32).to(bias_P.dtype)
     bias_P = tl.where(inside_P & (found_P == 0), nan_P, bias_P)
-    tl.store(bias_ptr + tl.program_id(1).to(tl.int64) * tokens * pitch + place_P, bias_P, mask=row_P < tokens)
+    tl.store(bias_ptr + tl.program_id(1).to(tl.int64) * tokens * pitch + place_P, bias_P, mask=inside_P)
 
 
 @triton.jit
