@@ -223,8 +223,8 @@ def attention(width: int, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
 
     name = f"attention {tokens}"
     yield Case(name, width, dtype, student)
-    yield Case(f"{name} plain", width, dtype, plain)
-    if tokens == N:
+    if (tokens, width, dtype) == (N, 64, torch.bfloat16):
+        yield Case(f"{name} plain", width, dtype, plain)
         yield Case(f"{name} pruned", width, dtype, pruned)
         yield Case("relpos_bias", width, dtype, lambda: relpos_bias_op.forward(table, index))
         grad_HNN = torch.empty(heads, tokens, tokens)
