@@ -6,11 +6,12 @@ wants that; each gives the table's gradient, which FlashAttention does not, so i
 anything is timed, values and gradients must agree (AGREE, of the largest value). A way that can't do the work here is
 left out, and the record says why.
 
-Rates count the operations of the matrix products that the formulas have: 4 B H N N D forward, 3.5 times as many with the
-backward pass. `share_of_matmul` is ours, of the calibration arm's matrix product in the same run. Peaks of memory are in
-the summary. TARGETS are for an H100 at B/16; a miss fails nothing, a disagreement does.
+Rates count the operations of the matrix products that the formulas have: 4 B H N N D forward, 3.5 times as many with
+the backward pass. `share_of_matmul` is ours, of the calibration arm's matrix product in the same run. Peaks of memory
+are in the summary. TARGETS are for an H100 at B/16; a miss fails nothing, a disagreement does.
 
-On the CPU: the reference's path, through the dispatcher, against SDPA called plainly. Triton's interpreter is not timed.
+On the CPU: the reference's path, through the dispatcher, against SDPA called plainly. Triton's interpreter is not
+timed.
 
 Shape legend: B images, N tokens, H heads, D channels of a head, R rows of the table; 3 is q, k, v.
 """
@@ -123,7 +124,7 @@ def ours(index_NN: Tensor, biased: bool, impl: str, qkv: Tensor, table: Tensor) 
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
-    """Fresh numbers; the gradient that is raced is that of the projection's output, and the table's where it is used."""
+    """Fresh numbers; gradients are those of the projection's output, and of the table where it is used."""
     qkv = torch.randn(case.images, case.tokens, 3, case.heads, case.width, device=device).to(case.dtype)
     table = torch.randn((2 * case.grid - 1) ** 2 + 3, case.heads, device=device)
     upstream = torch.randn(case.images, case.tokens, case.heads * case.width, device=device).to(case.dtype)
@@ -198,12 +199,12 @@ def race(benchmark: Any, session: Session, device: torch.device, case: Case, pas
     def extra() -> dict[str, Any]:
         found = benchmark.extra_info
         times, counts = found["times_the_peer"], found["counts"]
-        slowest = {
+        hardest = {
             "best with a bias": min((times[n]["ratio"] for n in peers), default=None),
             "best without a bias": min((times[n]["ratio"] for n in without), default=None),
         }
         target = TARGETS.get((passed, case.biased)) if case.name == "B/16" else None
-        got = slowest.get(target.than) if target else None
+        got = hardest.get(target.than) if target else None
         judged = [judge(target, got)] if target and got is not None else []
         least = min((counts[n]["peak_bytes"] for n in peers if n.startswith("SDPA") and "peak_bytes" in counts[n]),
                     default=0)  # fmt: skip

@@ -19,7 +19,7 @@ import mvp_kernels
 from mvp_kernels import registry
 from mvp_kernels.arguments import EPS
 from mvp_kernels.launch import Launch
-from mvp_kernels.operators import cosine_loss, guided_loss, masked_gather, patchify, score, token_norm
+from mvp_kernels.operators import cosine_loss, guided_loss, masked_gather, patchify, relpos_attention, score, token_norm
 
 GPU = pytest.mark.gpu
 _CPU = [] if torch.cuda.is_available() else ["cpu"]
@@ -28,7 +28,7 @@ IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
 CPU_IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"] if _CPU else ["reference"])
 KINDS = ["l2", "layernorm", "none"]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-OPERATORS = (cosine_loss, guided_loss, masked_gather, patchify, token_norm)  # the modules; importing them adds the ops
+OPERATORS = (cosine_loss, guided_loss, masked_gather, patchify, relpos_attention, token_norm)  # importing adds the ops
 
 # Relative; for 16 bits this much of a float32 result, which is then rounded.
 PRECISION = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}

@@ -37,12 +37,18 @@ def attention(module: Any, x: Tensor, bias_HNN: Tensor, impl: str = "auto") -> T
         bias_HNN: of all blocks.
         impl: implementation of mvp_kernels.
     """
+    out: Tensor
     if (module.training and module.attn_drop.p > 0) or module.relative_position_bias_table is not None:
-        out: Tensor = module(x, shared_rel_pos_bias=bias_HNN)
-        return out
+        out = module(x, shared_rel_pos_bias=bias_HNN)
+    else:
+        out = module.proj_drop(module.proj(_core(module, x, bias_HNN, impl)))
+    return out
+
+
+def _core(module: Any, x: Tensor, bias_HNN: Tensor, impl: str) -> Tensor:
+    """What comes between the norm before and the projection behind: (B, N, H D)."""
     images, tokens, _ = x.shape
     shift = None if module.q_bias is None else torch.cat((module.q_bias, module.k_bias, module.v_bias))
     qkv_BN3HD = F.linear(x, module.qkv.weight, shift).reshape(images, tokens, 3, module.num_heads, -1)
     out_BNHD = dispatch.relpos_attention_qkv(qkv_BN3HD, bias_HNN, scale=module.scale, impl=impl)
-    out = module.proj_drop(module.proj(out_BNHD.flatten(2)))
-    return out
+    return out_BNHD.flatten(2)
