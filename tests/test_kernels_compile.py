@@ -36,7 +36,7 @@ from mvp_kernels.operators import (
     token_norm,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # about a minute, where nothing else runs
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # some minutes
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ATTENTION = (attention_forward, attention_key_gradient, attention_query_gradient)
@@ -191,7 +191,7 @@ def test_attention_stays_in_the_registers(launches: list[Told]) -> None:
     What does not fit is a few values a thread that a tile of queries or keys is begun or ended with.
     """
     found = [told for told in launches if told["kernel"] in ATTENTION_KERNELS]
-    assert {told["case"] for told in found} == {*(f"attention {n}" for n in (197, 257, 577)), *ATTENTION_VARIANTS}
+    assert {told["case"] for told in found} == {*(f"attention {n}" for n in (197, 577)), *ATTENTION_VARIANTS}
     assert {told["kernel"] for told in found} == set(ATTENTION_KERNELS)
     narrow = [told for told in found if told["width"] <= 64 and told["dtype"] != "float32"]
     most = 0 if narrow[0]["arch"] >= 90 else 144
