@@ -199,12 +199,18 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
     return (0, 0) if bias is None else (bias.stride(0), bias.stride(1))
 
 
+def within_reach(x: Tensor) -> Tensor:
+    """A tensor with the values of its last dimension side by side, and rows that an offset of 32 bits reaches."""
+    x = side_by_side(x)
+    return x if x.shape[-2] * x.stride(-2) < 1 << 31 else x.contiguous()
+
+
 def heads_of(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, query_index: Tensor | None, scale: float) -> Heads:
     if bias is not None:
-        bias = side_by_side(bias)
+        bias = within_reach(bias)
     if query_index is not None:
         query_index = query_index.contiguous()
-    return Heads(side_by_side(q), side_by_side(k), side_by_side(v), bias, query_index, scale)
+    return Heads(within_reach(q), within_reach(k), within_reach(v), bias, query_index, scale)
 
 
 def like_projection(q: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from mvp_kernels.operators.attention_launch import (
     empty_lse,
     heads_of,
     like_projection,
+    within_reach,
 )
 from mvp_kernels.operators.relpos_bias import relpos_bias
 from mvp_kernels.operators.rows import side_by_side, wide_of
@@ -54,7 +55,7 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = like_projection(q), like_projection(k), like_projection(v)
     heads = heads_of(q, k, v, bias, query_index, scale)
-    dbias = attend_backward(heads, side_by_side(grad), side_by_side(out), lse, dq, dk, dv, want_bias)
+    dbias = attend_backward(heads, within_reach(grad), within_reach(out), lse, dq, dk, dv, want_bias)
     return dq, dk, dv, dbias
 
 
