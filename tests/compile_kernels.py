@@ -1,6 +1,7 @@
 """Compiles the kernels for GPUs that need not be there, and prints what came of it as JSON.
 
     python tests/compile_kernels.py 80 90 100             compute capabilities, without the point
+    python tests/compile_kernels.py --attention 90        the attention kernels alone, or all --others
 
 The operators' own launch code runs, on CPU tensors; a stand-in for Triton's driver takes the launches, so that Triton
 compiles as for a GPU of that kind, down to machine code. It uses a cache folder of its own, so that everything is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -37,11 +39,21 @@ from triton.runtime import driver
 from mvp_kernels.operators.guided_loss import guided_loss_backward_op
 from mvp_kernels.operators.masked_gather import masked_gather_op, masked_scatter_op
 from mvp_kernels.operators.patchify import patchify_op
+from mvp_kernels.operators.relpos_attention import (
+    relpos_attention_backward_op,
+    relpos_attention_op,
+    relpos_attention_qkv_backward_op,
+    relpos_attention_qkv_op,
+)
+from mvp_kernels.operators.relpos_bias import _fake as _fake_bias
+from mvp_kernels.operators.relpos_bias import relpos_bias_backward_op, relpos_bias_op
 from mvp_kernels.operators.score import Rule, score, score_again
 from mvp_kernels.operators.token_norm import token_norm_backward_op, token_norm_op
 
-B, N, M = 32, 197, 76
+B, N, M = 256, 197, 76
 EPS = 1e-6
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may ask for
+HEADS = [(64, 197), (64, 577), (32, 197), (128, 197)]  # channels of a head, tokens
 WIDTHS = (384, 512, 768, 1024)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 ODD = [(7, torch.bfloat16), (7, torch.float32), (64, torch.bfloat16), (100, torch.float16), (1000, torch.bfloat16)]
@@ -81,7 +93,7 @@ class OfflineDriver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 48 * 1024}  # what every GPU gives without being asked for more
+        return {"max_shared_mem": SHARED[self.arch]}
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int
@@ -103,7 +115,7 @@ class OfflineDriver:
             case, given = self.case, dict(zip(source.fn.arg_names, rest[-len(source.fn.arg_names) :], strict=True))
             assert case is not None
             told = {"arch": self.arch, "case": case.name, "width": case.width, "dtype": str(case.dtype)[6:]}
-            tile = {"rows": given.get("ROWS"), "block": given["BLOCK"], "warps": metadata.num_warps}
+            tile = {"rows": given.get("ROWS"), "block": given.get("BLOCK"), "warps": metadata.num_warps}
             self.launches.append({**told, "grid": [x, y, z], **tile, **function})
 
         return launch
@@ -179,6 +191,46 @@ def patches() -> Iterator[Case]:
                 yield Case(f"patchify {layout}", patch * patch, getattr(torch, names[0]), run)
 
 
+def attention(width: int, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Forward and backward: as a student runs them, without a bias, with queries of their own."""
+    heads = 2
+    qkv = rows(B, tokens, 3, heads, width, dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    lse, out, grad = (
+        torch.empty(B, heads, tokens),
+        rows(B, tokens, heads, width, dtype),
+        rows(B, tokens, heads, width, dtype),
+    )
+    table = torch.empty(732, heads)
+    index = torch.empty(tokens, tokens, dtype=torch.int64)
+    bias = _fake_bias(table, index)
+    taken = torch.empty(B, M, dtype=torch.int64)
+    some = q[:, :, :M]
+    some_out = rows(B, M, heads, width, dtype).transpose(1, 2)
+
+    def student() -> None:
+        relpos_attention_qkv_op.forward(qkv, bias, 0.125)
+        relpos_attention_qkv_backward_op.forward(grad, qkv, bias, out, lse, 0.125, True)
+
+    def plain() -> None:
+        relpos_attention_qkv_op.forward(qkv, None, 0.125)
+        relpos_attention_qkv_backward_op.forward(grad, qkv, None, out, lse, 0.125, False)
+
+    def pruned() -> None:
+        relpos_attention_op.forward(some, k, v, bias, taken, 0.125)
+        few = torch.empty(B, heads, M)
+        relpos_attention_backward_op.forward(some_out, some, k, v, bias, taken, some_out, few, 0.125, True)
+
+    name = f"attention {tokens}"
+    yield Case(name, width, dtype, student)
+    if (tokens, width, dtype) == (N, 64, torch.bfloat16):
+        yield Case(f"{name} plain", width, dtype, plain)
+        yield Case(f"{name} pruned", width, dtype, pruned)
+        yield Case("relpos_bias", width, dtype, lambda: relpos_bias_op.forward(table, index))
+        grad_HNN = torch.empty(heads, tokens, tokens)
+        yield Case("relpos_bias", width, dtype, lambda: relpos_bias_backward_op.forward(grad_HNN, index, 732))
+
+
 def rows(*shape_and_type: Any) -> Tensor:
     *shape, dtype = shape_and_type
     return torch.empty(shape, dtype=dtype)
@@ -188,7 +240,14 @@ def places() -> Tensor:
     return torch.empty(B, M, dtype=torch.int64)
 
 
-def cases() -> Iterator[Case]:
+def attention_cases() -> Iterator[Case]:
+    """At the widths of heads and numbers of tokens that there are; bfloat16 is what is trained in."""
+    for width, tokens in HEADS:
+        yield from attention(width, tokens, torch.bfloat16)
+    yield from attention(*HEADS[0], torch.float32)
+
+
+def other_cases() -> Iterator[Case]:
     """Every kernel with every type at the widths that matter; then what is unlike these."""
     for dtype in TYPES:
         for width in WIDTHS:
@@ -201,7 +260,9 @@ def cases() -> Iterator[Case]:
 
 
 def main(words: list[str]) -> int:
-    archs = [int(word) for word in words]
+    parts = {"--attention": [attention_cases], "--others": [other_cases]}
+    cases = parts.get(words[0] if words else "", [other_cases, attention_cases])
+    archs = [int(word) for word in words if word not in parts]
     if knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
         return 2
@@ -216,7 +277,7 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         knobs.cache.dir = folder
         for offline.arch in archs:
-            for offline.case in cases():
+            for offline.case in itertools.chain.from_iterable(part() for part in cases):
                 try:
                     with contextlib.redirect_stdout(offline.log):
                         offline.case.run()

@@ -19,7 +19,7 @@ import mvp_kernels
 from mvp_kernels import registry
 from mvp_kernels.arguments import EPS
 from mvp_kernels.launch import Launch
-from mvp_kernels.operators import cosine_loss, guided_loss, masked_gather, patchify, score, token_norm
+from mvp_kernels.operators import cosine_loss, guided_loss, masked_gather, patchify, relpos_attention, score, token_norm
 
 GPU = pytest.mark.gpu
 _CPU = [] if torch.cuda.is_available() else ["cpu"]
@@ -28,7 +28,7 @@ IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
 CPU_IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"] if _CPU else ["reference"])
 KINDS = ["l2", "layernorm", "none"]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-OPERATORS = (cosine_loss, guided_loss, masked_gather, patchify, token_norm)  # the modules; importing them adds the ops
+OPERATORS = (cosine_loss, guided_loss, masked_gather, patchify, relpos_attention, token_norm)  # importing adds the ops
 
 # Relative; for 16 bits this much of a float32 result, which is then rounded.
 PRECISION = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
@@ -216,6 +216,11 @@ def make_call(name: str, device: str, dtype: torch.dtype = torch.float32, impl: 
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
 
+    heads = torch.randn(3, 2, 2, 18, 5, device=device).to(dtype)  # q, k, v; images, heads, tokens, channels
+    bias_HNN, table_RH = torch.randn(2, 18, 18, device=device).to(dtype), torch.randn(7, 2, device=device).to(dtype)
+    query_BM = torch.tensor([[17, -1, 3], [0, 5, 9]], device=device)
+    index_NN = torch.randint(0, 7, (18, 18), device=device)
+
     calls: dict[str, Call] = {
         "masked_gather": Call(
             "masked_gather", lambda x, index: k.masked_gather(x, index, impl=impl), (leaf(x_BND), index_BM)
@@ -251,6 +256,25 @@ def make_call(name: str, device: str, dtype: torch.dtype = torch.float32, impl: 
             lambda p, t, i: k.guided_loss(p, t, i, "layernorm", impl=impl),
             (leaf(pred_BMD), leaf(x_BND), index_BM),
         ),
+        "relpos_bias": Call("relpos_bias", lambda t, i: k.relpos_bias(t, i, impl=impl), (leaf(table_RH), index_NN)),
+        "relpos_attention": Call(
+            "relpos_attention",
+            lambda q, key, v, b: k.relpos_attention(q, key, v, b, scale=0.7, impl=impl),
+            (*map(leaf, heads), leaf(bias_HNN)),
+        ),
+        "relpos_attention plain": Call(
+            "relpos_attention", lambda q, key, v: k.relpos_attention(q, key, v, impl=impl), tuple(map(leaf, heads))
+        ),
+        "relpos_attention pruned": Call(
+            "relpos_attention",
+            lambda q, key, v, b, i: k.relpos_attention(q, key, v, b, query_index_BM=i, impl=impl),
+            (leaf(heads[0, :, :, :3]), leaf(heads[1]), leaf(heads[2]), leaf(bias_HNN), query_BM),
+        ),
+        "relpos_attention_qkv": Call(
+            "relpos_attention_qkv",
+            lambda qkv, b: k.relpos_attention_qkv(qkv, b, impl=impl),
+            (leaf(heads.permute(1, 3, 0, 2, 4).contiguous()), leaf(bias_HNN)),
+        ),
         "patchify": Call("patchify", lambda images: k.patchify(images, 4, normalizations, impl=impl), (images_BHWC,)),
     }
     return calls[name]
@@ -267,5 +291,10 @@ CALLS = [
     "guided_loss none",
     "guided_loss unindexed",
     "guided_loss target",
+    "relpos_bias",
+    "relpos_attention",
+    "relpos_attention plain",
+    "relpos_attention pruned",
+    "relpos_attention_qkv",
     "patchify",
 ]

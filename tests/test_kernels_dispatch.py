@@ -23,6 +23,8 @@ from tests.kernel_cases import GPU, surroundings
 __all__ = ["surroundings"]
 
 OPS = ["cosine_loss", "guided_loss", "masked_gather", "patchify", "token_norm"]
+ATTENTION = ["relpos_attention", "relpos_attention_qkv", "relpos_bias"]
+ALL = [*OPS, *ATTENTION]
 ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled: not for the CPU")
 GREY = Normalization((0.5,) * 3, (0.5,) * 3)
 
@@ -30,7 +32,13 @@ GREY = Normalization((0.5,) * 3, (0.5,) * 3)
 def call(op: str, impl: str = "auto", device: str = "cpu") -> Any:
     x, index = torch.randn(2, 4, 8, device=device), torch.tensor([[0, -1], [3, 2]], device=device)
     images = torch.zeros(1, 4, 4, 3, dtype=torch.uint8, device=device)
+    qkv, table, pairs = torch.randn(1, 5, 3, 2, 4), torch.randn(3, 2), torch.zeros(5, 5, dtype=torch.int64)
+    qkv, table, pairs = qkv.to(device), table.to(device), pairs.to(device)
+    heads = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return {
+        "relpos_attention": lambda: dispatch.relpos_attention(*heads, impl=impl),
+        "relpos_attention_qkv": lambda: dispatch.relpos_attention_qkv(qkv, impl=impl),
+        "relpos_bias": lambda: dispatch.relpos_bias(table, pairs, impl=impl),
         "masked_gather": lambda: dispatch.masked_gather(x, index, impl=impl),
         "token_norm": lambda: dispatch.token_norm(x, "layernorm", impl=impl),
         "cosine_loss": lambda: dispatch.cosine_loss(x, x + 1, impl=impl),
@@ -54,7 +62,7 @@ def fake_triton(calls: list[str], obstacle: str = "", automatic: bool = True, op
     registry.register(op, "triton", load, lambda device_type: obstacle, lambda device_type: automatic)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_the_reference_runs_on_the_cpu_and_is_recorded(op: str, impl: str) -> None:
     """Also where the interpreter could run Triton's."""
@@ -65,7 +73,7 @@ def test_the_reference_runs_on_the_cpu_and_is_recorded(op: str, impl: str) -> No
 
 
 @ON_THE_CPU
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_triton_runs_where_it_is_asked_for(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = call(op)
     call(op, "triton")
@@ -77,7 +85,7 @@ def test_triton_runs_where_it_is_asked_for(op: str, monkeypatch: pytest.MonkeyPa
 
 
 @GPU
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_triton_is_automatic_on_the_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call(op, device="cuda")
     assert mvp_kernels.record() == {op: "triton"}
@@ -88,7 +96,7 @@ def test_triton_is_automatic_on_the_gpu(op: str, monkeypatch: pytest.MonkeyPatch
     assert mvp_kernels.resolve() == "reference"
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL)
 def test_a_request_that_cannot_be_met_raises(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_triton([], "it needs a wheel", op=op)
     message = f"the triton implementation of {op} can't run on cpu: it needs a wheel"

@@ -40,6 +40,7 @@ from mvp_fast.train.step import TrainStep
 from tests.conftest import arguments, losses, run_verb
 
 STEPS = 50
+OPS = ("guided_loss", "masked_gather", "patchify", "relpos_attention_qkv", "relpos_bias")
 DEVICES = pytest.mark.parametrize(
     "device",
     [
@@ -50,7 +51,7 @@ DEVICES = pytest.mark.parametrize(
 CONFIG = Config(
     data=DataConfig(image_size=64, loader="synthetic"),
     mask=MaskConfig(patches=6, min_block=2),
-    student=StudentConfig(width=64, depth=2, heads=2, drop_path=0.1),
+    student=StudentConfig(width=64, depth=2, heads=1, drop_path=0.1),  # one head: the interpreter takes its time
     teacher=TeacherConfig("ViT-S-16", "random"),
     optim=OptimConfig(lr=1e-3, reference_batch_size=4),
     train=TrainConfig(batch_size=4, accumulate=2, precision="fp32"),
@@ -89,7 +90,7 @@ def test_both_implementations_give_one_loss_curve(device: str, norm: str) -> Non
     for impl in ("reference", "triton"):
         mvp_kernels.reset_record()
         found[impl] = curve(config, impl, device, STEPS if norm == "l2" else 5)
-        assert mvp_kernels.record() == dict.fromkeys(("guided_loss", "masked_gather", "patchify"), impl)
+        assert mvp_kernels.record() == dict.fromkeys(OPS, impl)
     assert found["triton"] == pytest.approx(found["reference"], rel=1e-5)
     assert found["reference"][-1] < found["reference"][0] - (0.2 if norm == "l2" else 0.01), "it learns nothing"
 

@@ -3,7 +3,8 @@
 Nothing here makes the host wait for a GPU. Values on a GPU are looked at in debug mode alone (MVP_KERNELS_DEBUG=1), by
 assertions that the device evaluates.
 
-Shape legend: B images, N tokens, M tokens taken, D channels of a token, H and W pixels, C colours.
+Shape legend: B images, N tokens, M tokens taken, D channels of a token, H and W pixels, C colours; in attention
+H heads, D channels of a head, R rows of the table.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ REDUCTIONS = ("mean", "none")
 LAYOUTS = ("NHWC", "NCHW")
 EPS = 1e-6
 DEBUG = "MVP_KERNELS_DEBUG"
+WIDEST_HEAD = 128  # channels of a head: a tile of more would not stay in registers
+INDICES = (torch.int64, torch.int32, torch.int16)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -114,6 +117,83 @@ def check_guided(pred: Tensor, target_BND: Tensor, index_BM: Tensor | None, kind
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, not one of {', '.join(REDUCTIONS)}")
     return pred.reshape(wanted)
+
+
+def check_relpos_bias(table_RH: Tensor, index_NN: Tensor) -> None:
+    """`index_NN` takes rows of `table_RH`."""
+    check_floats(table=table_RH)
+    if table_RH.ndim != 2 or index_NN.ndim != 2 or index_NN.shape[0] != index_NN.shape[1]:
+        raise ValueError(f"want a table (R, H) and an index (N, N), got {shapes(table_RH, index_NN)}")
+    if index_NN.dtype not in INDICES:
+        raise TypeError(f"the table's index must be int64, int32 or int16, is {index_NN.dtype}")
+    _same_device(table=table_RH, index=index_NN)
+
+
+def check_attention(
+    q_BHMD: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    bias: Tensor | None,
+    index_NN: Tensor | None,
+    query_index_BM: Tensor | None,
+) -> None:
+    """Queries, keys and values belong together, and the bias has a row for each query and a column for each key."""
+    check_floats(q=q_BHMD, k=k_BHND, v=v_BHND)
+    if not q_BHMD.dtype == k_BHND.dtype == v_BHND.dtype:
+        raise TypeError(f"q, k and v differ in type: {q_BHMD.dtype}, {k_BHND.dtype}, {v_BHND.dtype}")
+    images, heads, queries, width = q_BHMD.shape if q_BHMD.ndim == 4 else (0, 0, 0, 0)
+    tokens = k_BHND.shape[2] if k_BHND.ndim == 4 else 0
+    if q_BHMD.ndim != 4 or not k_BHND.shape == v_BHND.shape == (images, heads, tokens, width):
+        raise ValueError(f"want q (B, H, M, D), k and v (B, H, N, D), got {shapes(q_BHMD, k_BHND, v_BHND)}")
+    if not 1 <= width <= WIDEST_HEAD:
+        raise ValueError(f"heads have 1 to {WIDEST_HEAD} channels here, not {width}")
+    if tokens == 0:
+        raise ValueError("attention to no key at all is undefined")
+    _check_bias(q_BHMD, tokens, bias, index_NN)
+    if query_index_BM is not None:
+        if query_index_BM.shape != (images, queries):
+            raise ValueError(f"want a token for each query, got {shapes(q_BHMD, query_index_BM)}")
+        check_index(k_BHND[:, 0], query_index_BM)
+    elif bias is not None and queries != tokens:
+        raise ValueError(
+            f"{queries} queries for {tokens} keys: query_index_BM must say which rows of the bias are theirs"
+        )
+
+
+def check_attention_qkv(qkv_BN3HD: Tensor, bias: Tensor | None, index_NN: Tensor | None) -> None:
+    """The projection's output is three times as many heads, and the bias fits it."""
+    if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[2] != 3:
+        raise ValueError(f"want qkv (B, N, 3, H, D), got {shapes(qkv_BN3HD)}")
+    q, k, v = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
+    check_attention(q, k, v, bias, index_NN, None)
+
+
+def _check_bias(q_BHMD: Tensor, tokens: int, bias: Tensor | None, index_NN: Tensor | None) -> None:
+    if bias is None:
+        if index_NN is not None:
+            raise ValueError("an index without a table: give the table (R, H) as the bias")
+        return
+    check_floats(bias=bias)
+    _same_device(q=q_BHMD, bias=bias)
+    heads = q_BHMD.shape[1]
+    if index_NN is None:
+        if bias.shape != (heads, tokens, tokens):
+            raise ValueError(
+                f"want a bias {(heads, tokens, tokens)}, or a table (R, H) with an index; got {shapes(bias)}"
+            )
+        return
+    check_relpos_bias(bias, index_NN)
+    if bias.shape[1] != heads or index_NN.shape[0] != tokens:
+        raise ValueError(
+            f"want a table (R, {heads}) and an index {(tokens, tokens)} for {heads} heads and {tokens} keys,"
+            f" got {shapes(bias, index_NN)}"
+        )
+
+
+def _same_device(**tensors: Tensor) -> None:
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"tensors are on different devices: {where}")
 
 
 def check_images(images: Tensor, patch: int, normalizations: Sequence[Normalization], layout: str) -> Tensor:

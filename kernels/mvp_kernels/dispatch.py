@@ -3,7 +3,7 @@
 All compute in float32 whatever the input's type, and in float64 for float64 input.
 
 Shape legend: B images, N tokens, M tokens taken, D channels of a token, H and W pixels, C colours,
-P = C * patch * patch.
+P = C * patch * patch; in attention H heads, M queries, N keys, D channels of a head, R rows of the table.
 M of a name such as pred_MD stands for any number of leading dimensions.
 """
 
@@ -29,6 +29,9 @@ __all__ = [
     "masked_gather",
     "patchify",
     "record",
+    "relpos_attention",
+    "relpos_attention_qkv",
+    "relpos_bias",
     "reset_record",
     "resolve",
     "token_norm",
@@ -45,9 +48,17 @@ def _from(module: str, op: str) -> Callable[[], Callable[..., Any]]:
     return load
 
 
-for _op in ("masked_gather", "token_norm", "cosine_loss", "guided_loss", "patchify"):
+_MODULES = {  # of mvp_kernels.operators, by operation
+    **{op: op for op in ("masked_gather", "token_norm", "cosine_loss", "guided_loss", "patchify")},
+    **{
+        "relpos_bias": "relpos_bias",
+        "relpos_attention": "relpos_attention",
+        "relpos_attention_qkv": "relpos_attention",
+    },
+}
+for _op, _module in _MODULES.items():
     register(_op, "reference", _from(reference.__name__, _op))
-    register(_op, "triton", _from(f"mvp_kernels.operators.{_op}", _op), triton_obstacle, triton_is_automatic)
+    register(_op, "triton", _from(f"mvp_kernels.operators.{_module}", _op), triton_obstacle, triton_is_automatic)
 
 
 def masked_gather(x_BND: Tensor, index_BM: Tensor, *, impl: str = "auto") -> Tensor:
@@ -171,4 +182,85 @@ def patchify(
     normalizations = [Normalization(tuple(mean), tuple(std), dtype) for mean, std, dtype in normalizations]
     images_BHWC = arguments.check_images(images, patch, normalizations, layout)
     out: list[Tensor] = run("patchify", impl, images.device, images_BHWC, patch, normalizations)
+    return out
+
+
+def relpos_bias(table_RH: Tensor, index_NN: Tensor, *, impl: str = "auto") -> Tensor:
+    """Spread a table of relative position biases out: `out[h, n, m] = table_RH[index_NN[n, m], h]`.
+
+    For attention in several layers that share a table: spread out once, it is shared by their batches too.
+
+    Args:
+        table_RH: a bias for each relative position and head (BEiT, arXiv 2106.08254), any floating type.
+        index_NN: int64, int32 or int16 row of the table for each pair of tokens. A row that the table has not is NaN
+            with Triton; with the reference an error, on a GPU of the device.
+
+    Returns:
+        (H, N, N) of the table's type; Triton's rows start at multiples of 16 values. Its gradient is summed in float32
+        (float64 for float64) in a fixed order: two runs give the same bits.
+    """
+    arguments.check_relpos_bias(table_RH, index_NN)
+    out: Tensor = run("relpos_bias", impl, table_RH.device, table_RH, index_NN)
+    return out
+
+
+def relpos_attention(
+    q_BHMD: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    bias: Tensor | None = None,
+    index_NN: Tensor | None = None,
+    scale: float | None = None,
+    query_index_BM: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(q k^T scale + bias) v, for the short sequences of images; the softmax is exact.
+
+    Without a bias it is plain attention. Triton never holds scores in memory, nor a bias for each image.
+
+    Args:
+        q_BHMD, k_BHND, v_BHND: any strides (channels side by side, or they are copied), one type; D is 1 to 128. A
+            copy-free way from a projection, gradient included, is `relpos_attention_qkv`.
+        bias: bias_HNN, or with `index_NN` the table_RH (see `relpos_bias`); of any floating type, and added as it is
+            (the reference rounds it to the type of q first).
+        scale: of q k^T; D ** -0.5 where it is None.
+        query_index_BM: int64 token that each query is of, which is its row of the bias; -1 pads a ragged row: it gets
+            zeros and gives no gradient. A row has a token at most once. Left out, M is N, query m that of token m.
+
+    Returns:
+        (B, H, M, D) of q's type; Triton's is laid out as (B, M, H, D), which the next projection takes without a copy.
+
+    Raises:
+        IndexError: as `masked_gather`, and Triton yields NaN as there.
+        TypeError, ValueError: types or shapes don't fit.
+    """
+    arguments.check_attention(q_BHMD, k_BHND, v_BHND, bias, index_NN, query_index_BM)
+    scale = q_BHMD.shape[-1] ** -0.5 if scale is None else scale
+    given = (q_BHMD, k_BHND, v_BHND, bias, index_NN, scale, query_index_BM)
+    out: Tensor = run("relpos_attention", impl, q_BHMD.device, *given)
+    return out
+
+
+def relpos_attention_qkv(
+    qkv_BN3HD: Tensor,
+    bias: Tensor | None = None,
+    index_NN: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """`relpos_attention` between a projection and the next, without a copy on either side.
+
+    Args:
+        qkv_BN3HD: what the projection wrote, as a view: q, k and v of a token one after the other. With Triton its
+            gradient is one tensor like it, where slices of it would have to be put together.
+        bias, index_NN, scale: as in `relpos_attention`.
+
+    Returns:
+        (B, N, H, D).
+    """
+    arguments.check_attention_qkv(qkv_BN3HD, bias, index_NN)
+    scale = qkv_BN3HD.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = run("relpos_attention_qkv", impl, qkv_BN3HD.device, qkv_BN3HD, bias, index_NN, scale)
     return out

@@ -31,6 +31,8 @@ ALIGNED = 16  # a multiple of this many values is what Triton knows to start eve
 ONE_BY_ONE = 512  # values to a warp where each has a load of its own, and an address in registers for it
 MOST_ROWS, MOST_WARPS = 32, 16  # of the defaults: a row to a lane
 TRIED_ROWS, TRIED_VALUES = 128, 4096  # most rows a program and values a warp that are ever tried
+ATTENTION = "relpos_attention"  # its kernels' names begin with it; rows of theirs are queries, and keys as well
+LEAST_TILE = 16  # rows of theirs: what the tensor cores take
 INTERPRETED_VALUES = 1 << 16  # the interpreter's cost is by the program, not by the value
 
 Key = tuple[str, int, int]  # kernel, values of a row, bytes of a value
@@ -65,7 +67,7 @@ def launch_of(op: str, width: int, dtype: torch.dtype, device: torch.device) -> 
     tried = _tried.get(op)
     if tried is not None:
         return tried
-    if interpreted():
+    if interpreted() and not op.startswith(ATTENTION):
         return Launch(max(1, INTERPRETED_VALUES // block_of(width)), 1)
     return _settled(op, width, dtype.itemsize, device)
 
@@ -78,12 +80,21 @@ def _settled(op: str, width: int, itemsize: int, device: torch.device) -> Launch
 
 def default_launch(op: str, width: int, itemsize: int) -> Launch:
     """Parameters from the row's size alone."""
+    if op.startswith(ATTENTION):
+        return _attention_launch(op, width, itemsize)
     block = block_of(width)
     tile = (COPY_BYTES if op in COPIES else TILE_BYTES) // itemsize
     row = ROW_BYTES // max(itemsize, 4)
     if width % ALIGNED or op == "patchify":  # whose colours lie three bytes apart
         tile, row = min(tile, ONE_BY_ONE), min(row, ONE_BY_ONE)
     return Launch(max(1, min(tile // block, MOST_ROWS)), max(1, min(block // row, MOST_WARPS)))
+
+
+def _attention_launch(op: str, width: int, itemsize: int) -> Launch:
+    """Tiles of 64 tokens leave 197 a tail of 16, those of 128 one of 128; see docs/kernels.md."""
+    if itemsize == 2:  # where 64 rows are a whole number of Hopper's instructions for one group of four warps
+        return Launch(32 if op == f"{ATTENTION}_key" and width > 64 else 64, 4)
+    return Launch(32, 8) if itemsize == 4 else Launch(LEAST_TILE, 4)
 
 
 def block_of(width: int) -> int:

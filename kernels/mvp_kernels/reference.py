@@ -4,7 +4,7 @@ Arithmetic is float32 whatever the input's type, and float64 where the input is 
 something). Nothing here reads a value back to the host. Arguments are checked before, in `mvp_kernels.arguments`.
 
 Shape legend: B images, N tokens, M tokens taken, D channels of a token, H and W pixels, C colours,
-P = C * patch * patch.
+P = C * patch * patch; in attention H heads, M queries, N keys, D channels of a head, R rows of the table.
 """
 
 from __future__ import annotations
@@ -76,6 +76,43 @@ def guided_loss(
 def patchify(images_BHWC: Tensor, patch: int, normalizations: Sequence[Normalization]) -> list[Tensor]:
     """Normalise colours and cut into patches, once for each normalisation; see `mvp_kernels.patchify`."""
     return [_patchify(images_BHWC, patch, normalization) for normalization in normalizations]
+
+
+def relpos_bias(table_RH: Tensor, index_NN: Tensor) -> Tensor:
+    """`table_RH[index_NN[n, m], h]`; see `mvp_kernels.relpos_bias`."""
+    tokens = index_NN.shape[0]
+    return table_RH[index_NN.reshape(-1).long()].reshape(tokens, tokens, -1).permute(2, 0, 1).contiguous()
+
+
+def relpos_attention(
+    q_BHMD: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    bias: Tensor | None,
+    index_NN: Tensor | None,
+    scale: float,
+    query_index_BM: Tensor | None,
+) -> Tensor:
+    """torch's scaled_dot_product_attention; see `mvp_kernels.relpos_attention`.
+
+    The bias is rounded to the type of q, k and v, which is what that takes.
+    """
+    if bias is not None and index_NN is not None:
+        bias = relpos_bias(bias, index_NN)
+    if bias is not None:
+        bias = bias.to(q_BHMD.dtype)
+        if query_index_BM is not None:
+            bias = bias[:, query_index_BM.clamp_min(0)].transpose(0, 1)  # rows of its own for each image
+    out_BHMD = F.scaled_dot_product_attention(q_BHMD, k_BHND, v_BHND, attn_mask=bias, scale=scale)
+    if query_index_BM is None:
+        return out_BHMD
+    return out_BHMD.masked_fill((query_index_BM < 0)[:, None, :, None], 0)
+
+
+def relpos_attention_qkv(qkv_BN3HD: Tensor, bias: Tensor | None, index_NN: Tensor | None, scale: float) -> Tensor:
+    """The same of a projection's output; see `mvp_kernels.relpos_attention_qkv`."""
+    q, k, v = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
+    return relpos_attention(q, k, v, bias, index_NN, scale, None).transpose(1, 2)
 
 
 def _patchify(images_BHWC: Tensor, patch: int, normalization: Normalization) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import StudentConfig
 from mvp_fast.errors import ConfigError
+from mvp_fast.models.attention import attention, shared_bias
 from mvp_fast.models.patches import input_dtype
 from mvp_kernels import dispatch
 
@@ -139,10 +140,10 @@ class Student(nn.Module):
             x_BND = torch.where(mask_BN[..., None], self.mask_token.to(x_BND.dtype), x_BND)
         cls_B1D = self.cls_token.to(x_BND.dtype).expand(x_BND.shape[0], -1, -1)
         x_BND = torch.cat((cls_B1D, x_BND), dim=1)
-        bias_HNN = self.rel_pos_bias()
+        bias_HNN = shared_bias(self.rel_pos_bias, self.impl)
         for number, block in enumerate(self.blocks):
             scale_SB = None if drop_scale_LSB is None else drop_scale_LSB[number]
-            x_BND = _block(block, x_BND, bias_HNN, scale_SB)
+            x_BND = _block(block, x_BND, bias_HNN, scale_SB, self.impl)
         return x_BND
 
     def _init_weights(self) -> None:
@@ -245,9 +246,9 @@ def _rescale(block: Any, divisor: float) -> None:
         layer.weight.div_(divisor)
 
 
-def _block(block: Any, x_BND: Tensor, bias_HNN: Tensor, scale_SB: Tensor | None) -> Tensor:
+def _block(block: Any, x_BND: Tensor, bias_HNN: Tensor, scale_SB: Tensor | None, impl: str) -> Tensor:
     """timm's BEiT block, with the stochastic depth factors given instead of drawn."""
-    branch_BND = block.attn(block.norm1(x_BND), shared_rel_pos_bias=bias_HNN)
+    branch_BND = attention(block.attn, block.norm1(x_BND), bias_HNN, impl)
     x_BND = x_BND + _scaled(branch_BND, block.gamma_1, None if scale_SB is None else scale_SB[0])
     branch_BND = block.mlp(block.norm2(x_BND))
     return x_BND + _scaled(branch_BND, block.gamma_2, None if scale_SB is None else scale_SB[1])

@@ -56,8 +56,8 @@ class Options:
     mode: Literal["raw", "jpeg", "mixed"] | None = None
     """beton: how pixels are stored: as they are, as JPEG (where not given), or half of the images each way."""
     side: int | None = None
-    """beton: greatest width and height that is stored, pixels (usual: 256, 400, 500; 500 where not given); larger images
-    are shrunk."""
+    """beton: greatest width and height that is stored, pixels (usual: 256, 400, 500; 500 where not given); larger
+    images are shrunk."""
     quality: int | None = None
     """beton: quality of the JPEGs; 90 where not given."""
 
