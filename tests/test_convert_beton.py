@@ -25,6 +25,7 @@ from mvp_fast.loaders.registry import make_loader
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index
 from mvp_fast.samples.plan import SamplePlan
+from tests.bad_images import BAD, BAD_REASONS, GOOD, write_corpus
 from tests.betons import make_beton, needs_ffcv
 from tests.conftest import losses, run_verb
 
@@ -87,6 +88,33 @@ def test_the_bytes_are_ffcvs_own_whatever_the_processes(files: Index, tmp_path: 
     assert "--data.loader ffcv --data.interpolation area" in done.stdout
     assert not (tmp_path / "ours.beton.parts").exists()
     assert not ours.with_suffix(".bad.jsonl").exists()
+
+
+def test_the_corpus_of_bad_images_is_told_and_left_out(tmp_path: Path) -> None:
+    """Of the index by headers, which holds bad images still: exactly these go, and the loader takes all others."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_corpus(folder, GOOD, BAD)
+    build_index(folder, workers=1)
+    index = Index.open(folder)
+    met = {index.key(i) for i in range(len(index))}
+    assert set(GOOD) < met
+    out = tmp_path / "out.beton"
+    done = convert(index, out, "--mode", "jpeg", "--side", 256, "--workers", 1)
+    told = {
+        line["path"]: line["reason"] for line in map(json.loads, out.with_suffix(".bad.jsonl").read_text().splitlines())
+    }
+    assert set(told) == met & set(BAD)
+    assert all(BAD_REASONS[name] in reason for name, reason in told.items())
+    assert f"bad      {len(told)} left out" in done.stdout
+    beton = Index.open(out.with_suffix(".parquet"))
+    assert {beton.key(i) for i in range(len(beton))} == set(GOOD)
+    settings = DataConfig(image_size=48, threads=2, interpolation="area", bad_sample_budget=0.0)
+    plan = SamplePlan(beton, seed=1, batch_size=4, data=settings, mask=MaskConfig(patches=3, min_block=1))
+    loader = make_loader("ffcv", settings)
+    assert len(list(islice(loader.batches(plan, 0), len(GOOD)))) == len(GOOD)
+    assert loader.bad_samples == 0
+    loader.close()
 
 
 def test_a_killed_conversion_goes_on_and_changes_no_byte(files: Index, tmp_path: Path) -> None:

@@ -572,7 +572,7 @@ def test_synthetic_repeats_one_batch_and_needs_no_file() -> None:
 def test_an_unknown_loader_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no loader `dalli`.*`dali`"):
         make_loader("dalli", DataConfig())
-    with pytest.raises(ConfigError, match="auto, dali, cpu, torchvision, synthetic"):
+    with pytest.raises(ConfigError, match="auto, dali, cpu, torchvision, ffcv, synthetic"):
         make_loader("zzz", DataConfig())
 
 
