@@ -148,12 +148,13 @@ def _verdict(passes: Sequence[Finding]) -> str | None:
 
 def table(findings: Sequence[Finding]) -> Any:
     """For a terminal."""
+    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(*COLUMNS)
     for finding in findings:
         style = "red" if finding.alarms else "green" if finding.verdict == "faster" else None
-        shown.add_row(*finding.row(), style=style)
+        shown.add_row(*map(escape, finding.row()), style=style)  # a case's name stands in brackets
     return shown
 
 

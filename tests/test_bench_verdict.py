@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,3 +241,13 @@ def test_markdown_is_a_table_with_notes(tools: SimpleNamespace) -> None:
     assert last == "1 of 2 benchmarks compared. Regression: a (slower)."
     assert tools.comparison.summary(findings, "it died").endswith("not complete: it died. Suspected: a (slower).")
     assert tools.comparison.summary(findings[1:], None) == "0 of 1 benchmarks compared: nothing can be said."
+
+
+def test_the_terminals_table_names_the_case(tools: SimpleNamespace) -> None:
+    """Brackets are markup for rich."""
+    from rich.console import Console
+
+    gone = tools.giver.Measured("b.py::test[bold]", "benchmarks/b", reason="ImportError: no", whose="base")
+    console = Console(width=120, file=io.StringIO())
+    console.print(tools.comparison.table([tools.comparison.find(gone, 0.0, "HEAD~1", True)]))
+    assert "b.py::test[bold]" in console.file.getvalue()
