@@ -83,7 +83,7 @@ def read(index: Index, sample: int) -> Encoded:
 def expect(index: Index, sample: int) -> None:
     """Ask the system to have one sample's bytes in memory when `read` comes for them; does not wait, never fails."""
     try:
-        descriptor = os.open(index.file(sample), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(index.file(sample), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # as `read` opens it
     except OSError:  # `read` will say what is wrong
         return
     try:
