@@ -65,7 +65,7 @@ class Plant:
 
 
 PLANTS = {
-    "loader": Plant("mvp_fast/loaders/torchvision.py", "settle", "self_check_cases.py::test_loader"),
+    "loader": Plant("mvp_fast/loaders/pooled.py", "settle", "self_check_cases.py::test_loader"),
     "kernel": Plant("kernels/mvp_kernels/reference.py", "token_norm", "self_check_cases.py::test_kernel"),
     "step": Plant("mvp_fast/train/step.py", "TrainStep.__call__", "self_check_cases.py::test_step"),
 }

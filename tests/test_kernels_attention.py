@@ -389,3 +389,30 @@ def test_heads_too_wide_and_no_three() -> None:
         mvp_kernels.relpos_attention(x, x, x)
     with pytest.raises(ValueError, match=r"want qkv \(B, N, 3, H, D\)"):
         mvp_kernels.relpos_attention_qkv(torch.zeros(1, 2, 2, 1, 8))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter
+@DEVICES
+@IMPLS
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_what_is_not_finite_stays_in_its_image_and_head(device: str, impl: str, value: float, which: str) -> None:
+    """A query spoils its own row; a key or a value spoils its head of its image, and nothing else."""
+    given = make(Size(2, 2, 21, 16, 16), torch.float32, device)
+    upstream = torch.randn(2, 2, 21, 16, device=device)
+    clean = outcome(given, upstream, impl, 0.3)
+    bad_BHND = getattr(given, which).clone()
+    bad_BHND[1, 0, 3, 5] = value
+    found = outcome(given._replace(**{which: bad_BHND}), upstream, impl, 0.3)
+    for name, got, was in zip(("out", "q", "k", "v"), found, clean, strict=False):
+        others = torch.ones(2, 2, 21, dtype=torch.bool, device=device)
+        others[1, 0] = False
+        torch.testing.assert_close(got[others], was[others], rtol=0, atol=0)
+        if which == "q" and name in ("out", "q"):
+            others[1, 0] = torch.arange(21, device=device) != 3
+            torch.testing.assert_close(got[others], was[others], rtol=0, atol=0)
+        if math.isnan(value) and which != "v":  # a key of infinity may be one that a query passes over
+            assert got[1, 0, 3].isnan().all(), name
+    if which == "v":  # in one channel alone
+        assert found[0][1, 0, :, :5].isfinite().all()
+        assert not found[0][1, 0, :, 5].isfinite().any()

@@ -32,7 +32,7 @@ from mvp_kernels.operators import (
     patchify,
     relpos_bias,
     rows,
-    score,
+    score_kernels,
     token_norm,
 )
 
@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # some minutes
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ATTENTION = (attention_forward, attention_key_gradient, attention_query_gradient)
-MODULES = (*ATTENTION, cosine_loss, guided_loss, masked_gather, patchify, relpos_bias, rows, score, token_norm)
+MODULES = (*ATTENTION, cosine_loss, guided_loss, masked_gather, patchify, relpos_bias, rows, score_kernels, token_norm)
 WIDTHS = (384, 512, 768, 1024)
 TYPES = ("bfloat16", "float16", "float32")
 LANES = 32

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 import mvp_kernels
@@ -47,7 +48,7 @@ class Watch:
     def start(self, arguments: list[Any]) -> None:
         """A kernel is launched."""
         self._extents = []
-        for x in arguments:
+        for x in tree_leaves(arguments):  # kernels may be given tuples of tensors
             if isinstance(x, Tensor) and x.numel():
                 last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
                 self._extents.append((x.data_ptr(), x.data_ptr() + last * x.itemsize))

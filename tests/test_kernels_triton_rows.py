@@ -83,7 +83,7 @@ def test_two_runs_give_the_same_bits(device: str, name: str, dtype: torch.dtype)
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter
 @DEVICES
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "patchify"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "patchify" and not name.startswith("relpos")])
 def test_what_is_not_finite_stays_in_its_token(device: str, name: str, value: float) -> None:
     """Other tokens, and their gradients, are as without it; in its own token it is seen as the reference sees it."""
     call = make_call(name, device)
