@@ -355,7 +355,7 @@ def test_training_reads_the_converted_set(train: Any, scenes: Path, tmp_path: Pa
     index = make_beton(Index.open(scenes), tmp_path, "mixed", 128)
     common = {"data__index": index.path, "data__loader": "ffcv", "data__interpolation": "area"}
     done = train(run=tmp_path / "run", train__steps=3, **common)
-    assert "ffcv (area)" in done.stdout + done.stderr
+    assert "ffcv, area" in done.stdout + done.stderr
     assert len(losses(tmp_path / "run")) == 3
     refused = train(check=False, train__steps=1, **{**common, "data__interpolation": "bicubic"})
     assert refused.returncode == 2
