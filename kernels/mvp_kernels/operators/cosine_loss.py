@@ -1,6 +1,6 @@
 """cosine_loss in Triton: 1 - cos of each prediction and its target, their (weighted) mean, and both gradients.
 
-Formulas and kernels are in `mvp_kernels.operators.score_kernels`, the eager path in `mvp_kernels.operators.in_forward`. Reads
+Formulas and kernels are in `score_kernels.py`, the eager path in `in_forward.py`. Reads
 predictions and targets once, and writes the gradient of those that want one.
 
 Shape legend: M tokens, D channels.

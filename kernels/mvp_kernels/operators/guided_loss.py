@@ -2,7 +2,7 @@
 
     loss[b, m] = 1 - cos(pred[b, m], norm(target[b, index[b, m]]))            the loss of MVP, arXiv 2203.05175
 
-Formulas and kernels are in `mvp_kernels.operators.score_kernels`, the eager path in `mvp_kernels.operators.in_forward`. Reads
+Formulas and kernels are in `score_kernels.py`, the eager path in `in_forward.py`. Reads
 each prediction and each target in the loss once and writes the predictions' gradient; gathered and normalised targets
 never exist in memory. Targets are constants: where one wants a gradient, the three operations run one after the other.
 
