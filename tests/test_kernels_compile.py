@@ -22,12 +22,12 @@ import pytest
 import torch
 from triton import knobs
 
-from mvp_kernels.operators import cosine_loss, guided_loss, masked_gather, patchify, rows, score, token_norm
+from mvp_kernels.operators import cosine_loss, guided_loss, masked_gather, patchify, rows, score_kernels, token_norm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # about a minute, where nothing else runs
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-MODULES = (cosine_loss, guided_loss, masked_gather, patchify, rows, score, token_norm)
+MODULES = (cosine_loss, guided_loss, masked_gather, patchify, rows, score_kernels, token_norm)
 WIDTHS = (384, 512, 768, 1024)
 TYPES = ("bfloat16", "float16", "float32")
 LANES = 32
