@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from mvp_fast.cli.data.tell import progress, show_bad
 from mvp_fast.cli.parse import parse
 from mvp_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from mvp_fast.loaders.convert.beton_estimate import Estimate
-    from mvp_fast.samples.index_build import BadFile
 
-SHOWN = 10  # bad images that are printed; the list beside the index has all
 ONLY_FOR = {"shards": ("shard_size", "seed", "verify"), "beton": ("mode", "side", "quality")}
 _UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}}
 _UNITS |= {f"{letter}IB": 1024**i for i, letter in enumerate("KMGT", 1)}
@@ -88,15 +85,15 @@ def _shards(options: Options) -> int:
         f"shards   {len(layout):,}, {_size(layout.bytes)}, in {out}",
         flush=True,
     )
-    with _progress() as progress:
+    with progress("converting images") as told:
         asked = {"shard_size": size, "seed": seed}
-        report = write_shards(index, layout, out, asked, options.verify, options.workers, progress)
+        report = write_shards(index, layout, out, asked, options.verify, options.workers, told)
     if not report.written:
         print("The shards are complete: nothing to write.")
     else:
         kept = f", {report.shards - report.written:,} were there" if report.written < report.shards else ""
         print(f"wrote    {report.written:,} shards in {report.seconds:.1f} s{kept}, {_size(report.bytes)} in all")
-    _show_bad(report.bad, out / "index.bad.jsonl")
+    show_bad(report.bad, out / "index.bad.jsonl")
     print(f"index    {report.index}, {report.images:,} images")
     return 0
 
@@ -118,27 +115,17 @@ def _beton(options: Options) -> int:
         print(f"         {expected.seconds / 60:.1f} minutes of one core's work", flush=True)
 
     out = Path(options.out) if options.out else None
-    with _progress() as progress:
-        report = write_beton(index, out, form, options.workers, tell, progress)
+    with progress("converting images") as told:
+        report = write_beton(index, out, form, options.workers, tell, told)
     each = report.bytes / report.images / 1000
     kept = f", {report.resumed:,} were done before" if report.resumed else ""
     print(f"images   {report.images:,}, {report.bytes / 1e9:.2f} GB, {each:.1f} KB an image")
     print(f"took     {report.seconds:.1f} s{kept}")
-    _show_bad(report.bad, report.bad_path)
+    show_bad(report.bad, report.bad_path)
     print(f"beton    {report.path}")
     print(f"index    {report.index}")
     print(f"next     mvp-fast train --data.index {report.index} --data.loader ffcv --data.interpolation area")
     return 0
-
-
-def _show_bad(bad: list[BadFile], path: Path) -> None:
-    """Print what was left out."""
-    if bad:
-        print(f"bad      {len(bad):,} left out, listed in {path}")
-    for entry in bad[:SHOWN]:
-        print(f"         {entry.path}: {entry.reason}")
-    if len(bad) > SHOWN:
-        print(f"         and {len(bad) - SHOWN:,} more")
 
 
 def byte_size(text: str, option: str) -> int:
@@ -156,20 +143,3 @@ def byte_size(text: str, option: str) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("converting images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

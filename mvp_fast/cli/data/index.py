@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
+from mvp_fast.cli.data.tell import progress, show_bad
 from mvp_fast.cli.parse import parse
 
 SHOWN = 10  # bad files that are printed; the list beside the index has all
@@ -39,19 +38,14 @@ def main(argv: list[str]) -> int:
 
     from mvp_fast.samples.index_build import build_index
 
-    with _progress() as progress:
-        report = build_index(options.dir, options.out or None, options.verify, options.workers, progress)
+    with progress("reading images") as told:
+        report = build_index(options.dir, options.out or None, options.verify, options.workers, told)
     files = report.images + len(report.bad)
     size = f"{report.bytes / 1e9:.2f} GB, {report.bytes / report.images / 1000:.1f} KB an image"
     rate = f"{files / max(report.seconds, 1e-9):,.0f} files/s"
     print(f"images   {report.images:,} in {_classes(len(report.classes))}, {size}")
     print(f"took     {report.seconds:.1f} s ({rate}{', every image decoded' if options.verify else ''})")
-    if report.bad:
-        print(f"bad      {len(report.bad):,} left out, listed in {report.bad_path}")
-        for entry in report.bad[:SHOWN]:
-            print(f"         {entry.path}: {entry.reason}")
-        if len(report.bad) > SHOWN:
-            print(f"         and {len(report.bad) - SHOWN:,} more")
+    show_bad(report.bad, report.bad_path)
     print(f"index    {report.path}")
     return 0
 
@@ -60,20 +54,3 @@ def _classes(count: int) -> str:
     if not count:
         return "no class folders"
     return f"{count:,} class{'es' if count > 1 else ''}"
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from mvp_fast.cli.data.tell import progress
 from mvp_fast.cli.parse import parse
 
 
@@ -38,8 +37,8 @@ def main(argv: list[str]) -> int:
     from mvp_fast.samples.scenes import SceneSet, write_set
 
     asked = SceneSet(options.images, options.profile, options.seed)
-    with _progress(options.images) as progress:
-        report = write_set(options.out, asked, options.workers, progress)
+    with progress("drawing scenes") as told:
+        report = write_set(options.out, asked, options.workers, told and (lambda done: told(done, options.images)))
     size = f"{report.bytes / report.images / 1000:.0f} KB a file"
     if report.drawn:
         rate = f"{report.drawn / report.seconds:.0f} images/s"
@@ -51,20 +50,3 @@ def main(argv: list[str]) -> int:
     print(f"folder   {report.folder}")
     print(f"next     mvp-fast data index {report.folder}")
     return 0
-
-
-@contextmanager
-def _progress(images: int) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("drawing scenes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=images)
-        yield lambda done: bar.update(task, completed=done)
