@@ -22,6 +22,7 @@ from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
 from mvp_fast.train.optim import apply_update
+from mvp_fast.train.stages import StageRecorder, unrecorded
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class TrainStep:
         optimizer: from `build_optimizer`; its learning rate is set by the caller.
         config: the resolved configuration.
         device: where everything runs.
+
+    Attributes:
+        stage: told of each stage of the step as it begins and ends; records nothing unless it is replaced.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class TrainStep:
         self.objective, self.optimizer, self.config, self.device = objective, optimizer, config, device
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.autocast = config.train.precision == "bf16"
+        self.stage: StageRecorder = unrecorded
 
     def __call__(self, batch: Batch) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.train.accumulate
         size = len(batch.rows) // parts
-        drop_scale_LSB = self._drop_scale(batch.rows)
+        with self.stage("copy"):
+            drop_scale_LSB = self._drop_scale(batch.rows)
         loss = torch.zeros((), device=self.device)
         for part in range(parts):
             these = slice(part * size, (part + 1) * size)
@@ -84,25 +90,32 @@ class TrainStep:
                 )
                 # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
                 # gradient tells every rank after its all-reduce, and all of them skip the same update.
-                finite = torch.isfinite(part_loss.detach())
-                factor = part_loss.new_full((), torch.nan).masked_fill_(finite, 1.0 / parts)
-                (part_loss * factor).backward()
+                with self.stage("backward"):
+                    finite = torch.isfinite(part_loss.detach())
+                    factor = part_loss.new_full((), torch.nan).masked_fill_(finite, 1.0 / parts)
+                    (part_loss * factor).backward()
             loss += part_loss.detach() / parts
-        grad_norm = self._clip()
-        finite = torch.isfinite(grad_norm)
-        apply_update(self.optimizer, finite)
+        with self.stage("clip"):
+            grad_norm = self._clip()
+        with self.stage("optimizer"):
+            finite = torch.isfinite(grad_norm)
+            apply_update(self.optimizer, finite)
         return StepResult(loss, grad_norm, finite)
 
     def _loss(self, images_BHWC: Tensor, masked_BM: Tensor, drop_scale_LSB: Tensor | None, upstream: float) -> Tensor:
         images, patches = images_BHWC.shape[0], self.student.grid[0] * self.student.grid[1]
-        mask_BN = torch.zeros(images, patches, dtype=torch.bool, device=self.device)
-        mask_BN.scatter_(1, masked_BM, True)
-        index_BM = self.objective.token_index(masked_BM, patches)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            student_BNP, teacher_BNP = patches_of_both(images_BHWC, self.student, self.teacher)
-            target_BMD = self.teacher(teacher_BNP, index_BM)
-            predicted_BMD = self.forward(student_BNP, mask_BN, index_BM, drop_scale_LSB)
-        return self.objective(predicted_BMD, target_BMD, upstream)
+            with self.stage("patchify"):
+                mask_BN = torch.zeros(images, patches, dtype=torch.bool, device=self.device)
+                mask_BN.scatter_(1, masked_BM, True)
+                index_BM = self.objective.token_index(masked_BM, patches)
+                student_BNP, teacher_BNP = patches_of_both(images_BHWC, self.student, self.teacher)
+            with self.stage("teacher"):
+                target_BMD = self.teacher(teacher_BNP, index_BM)
+            with self.stage("student forward"):
+                predicted_BMD = self.forward(student_BNP, mask_BN, index_BM, drop_scale_LSB)
+        with self.stage("loss"):
+            return self.objective(predicted_BMD, target_BMD, upstream)
 
     def _clip(self) -> Tensor:
         limit = self.config.optim.clip_grad
