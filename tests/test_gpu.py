@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ from mvp_fast.config.schema import (
     Config,
     DataConfig,
     MaskConfig,
-    ObjectiveConfig,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
@@ -30,7 +29,7 @@ from mvp_fast.config.schema import (
 from mvp_fast.loaders.prefetch import Prefetcher
 from mvp_fast.loaders.registry import make_loader
 from mvp_fast.models.student import Student
-from mvp_fast.models.teacher import build_teacher
+from mvp_fast.models.teacher import build_teacher, teacher_dtype
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
@@ -100,34 +99,71 @@ def test_a_run_learns_and_resumes(train: Callable[..., Any], tmp_path: Path, dev
     assert resumed == (expected if device == "cpu" else pytest.approx(expected, rel=0.02))
 
 
-@on_devices("loss", "cosine", "smooth_l1")
-def test_the_host_does_not_wait_in_a_steady_step(device: str, loss: Literal["cosine", "smooth_l1"]) -> None:
+def tiny_step(device: str, **teacher: bool) -> tuple[TrainStep, SamplePlan, Config]:
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     config = Config(
         data=DataConfig(image_size=64, loader="synthetic"),
         mask=MaskConfig(patches=6, min_block=2),
         student=StudentConfig(width=64, depth=2, heads=2, drop_path=0.3),
-        teacher=TeacherConfig("ViT-S-16", "random"),
-        objective=ObjectiveConfig(loss=loss),
+        teacher=TeacherConfig("ViT-S-16", "random", **teacher),
         train=TrainConfig(batch_size=8, accumulate=2, precision="bf16"),
     )
-    teacher = build_teacher(config.teacher, grid=(4, 4), image_size=64).to(where)
-    student = Student(config.student, target_width=teacher.width, image_size=64).to(where)
+    tower = build_teacher(config.teacher, grid=(4, 4), image_size=64).to(where)
+    tower.lower(teacher_dtype("auto", "bf16", where))
+    student = Student(config.student, target_width=tower.width, image_size=64).to(where)
     optimizer = build_optimizer(student, config.optim)
-    step = TrainStep(student, student, teacher, Objective(config.objective), optimizer, config, where)
+    step = TrainStep(student, student, tower, Objective(config.objective), optimizer, config, where)
     plan = SamplePlan(Index.synthetic(images=64), seed=0, batch_size=8, data=config.data, mask=config.mask)
-    loader = make_loader("synthetic", config.data, device=where)
+    return step, plan, config
+
+
+HOW = {
+    "plain": {"graph": False, "ahead": False},
+    "graph": {"graph": True, "ahead": False},
+    "ahead": {"graph": False, "ahead": True},
+    "graph-ahead": {"graph": True, "ahead": True},
+}
+
+
+@on_devices("how", *reversed(HOW))
+def test_the_host_does_not_wait_in_a_steady_step(device: str, how: str) -> None:
+    step, plan, config = tiny_step(device, **HOW[how])
+    loader = make_loader("synthetic", config.data, device=step.device)
     results = []
-    with Prefetcher(loader, plan, 0, where) as batches:
+    with Prefetcher(loader, plan, 0, step.device) as batches:
         for number, batch in enumerate(islice(batches, 6)):
-            if number < 2:  # libraries are loaded and the optimizer's state is made
-                results.append(step(batch))
+            if number < 2:  # libraries are loaded, the graph is captured and the optimizer's state is made
+                results.append(step(batch, batches.peek()))
                 continue
             with waiting_is_an_error(device):
-                results.append(step(batch))
+                results.append(step(batch, batches.peek()))
     assert all(bool(result.finite) for result in results)
-    assert all(result.loss.device == where for result in results)
+    assert all(result.loss.device == step.device for result in results)
     assert results[-1].loss < results[0].loss
+    graph = step.inputs.graph
+    assert (graph is not None) == (device == "cuda" and HOW[how]["graph"])
+    assert graph is None or (graph.replays in (12, 13) and graph.others == 0)  # the last step may have made one more
+
+
+@on_devices("how", "graph-ahead", "graph", "ahead")
+def test_graph_and_side_stream_change_no_result(device: str, how: str) -> None:
+    """Each batch's inputs and targets as computed plainly, with other work queued behind and before them."""
+    (plain, plan, config), (other, *_) = tiny_step(device, **HOW["plain"]), tiny_step(device, **HOW[how])
+    loader = make_loader("synthetic", config.data, device=plain.device)
+    batches = list(islice(loader.batches(plan, 0), 8))
+    generator = torch.Generator(plain.device).manual_seed(1)
+    for number, batch in enumerate(batches):
+        images_BHWC = torch.randint(
+            0, 256, batch.images_BHWC.shape, dtype=torch.uint8, device=plain.device, generator=generator
+        )
+        masked_BM = batch.masked_BM.to(plain.device)
+        want = plain.inputs.take((number, 0), images_BHWC, masked_BM)
+        if number % 2:
+            other.inputs.submit((number, 0), images_BHWC, masked_BM)
+            torch.randn(2048, 2048, device=plain.device).square().sum()
+        got = other.inputs.take((number, 0), images_BHWC, masked_BM)
+        for name, mine, theirs in zip(want._fields, got, want, strict=True):
+            assert torch.equal(mine, theirs), f"{name} of batch {number}"
 
 
 @GPU

@@ -281,3 +281,23 @@ def test_on_a_gpu_a_batch_that_was_made_there_is_passed_on_and_stays_whole(tmp_p
     for step, mean_B in enumerate(means):
         levels_B = [4 * int(plan.index.key(int(sample))[:2]) for sample in plan.step(step).sample_B]
         np.testing.assert_allclose(mean_B.cpu().numpy(), levels_B, atol=3)
+
+
+def test_peek_shows_what_comes_next_and_never_waits() -> None:
+    loader = GatedLoader(wait_at=2)
+    with Prefetcher(loader, make_plan(), 0, "cpu", depth=2) as batches:
+        for _ in range(2):
+            assert loader.made.acquire(timeout=PATIENCE)
+        assert loader.at_gate.wait(PATIENCE)  # both are ready, and the thread stands before the third
+        first = batches.peek()
+        assert first is not None
+        assert first is batches.peek()
+        assert first is next(batches)
+        second = batches.peek()
+        assert second is not None
+        assert (first.step, second.step) == (0, 1)
+        assert next(batches) is second
+        assert batches.peek() is None  # while the third is still being made
+        loader.gate.set()
+        assert next(batches).step == 2
+    assert batches.peek() is None

@@ -23,7 +23,7 @@ from torch import Tensor
 import mvp_kernels
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
-from mvp_fast.models.teacher import Teacher, build_teacher, resize
+from mvp_fast.models.teacher import Teacher, build_teacher, resize, teacher_dtype
 
 TEXT = {"context_length": 4, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
 TOWERS = {
@@ -189,6 +189,49 @@ def test_autocast_decides_the_precision(tmp_path: Path) -> None:
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     cosine = torch.nn.functional.cosine_similarity(full, half.float(), -1)
     assert cosine.min() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tiny-16", "tiny-16-quickgelu"])
+def test_lowered_towers_are_near_the_float64_one(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Against open_clip's tower in float64; autocast changes nothing in a tower that has a type of its own."""
+    clip = randomized_clip(name)
+    teacher = teacher_of(save(clip, tmp_path / "w.safetensors"), name).lower(dtype)
+    pixels = crops()
+    x = open_clip_input(clip, pixels).double()
+    clip.double().visual.output_tokens = True
+    pooled, tokens = clip.visual(x)
+    want = torch.cat([pooled[:, None], tokens @ clip.visual.proj], dim=1)
+    got = teacher(teacher.patches(pixels), all_tokens(teacher, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = teacher(teacher.patches(pixels), all_tokens(teacher, 3))
+    assert got.dtype == teacher.dtype == dtype
+    assert torch.equal(under_autocast, got)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {dtype}
+    cosine = torch.nn.functional.cosine_similarity(want, got.double(), -1)
+    # Two blocks of a rounding of 2^-11 (fp16) or 2^-8 (bf16) each.
+    assert cosine.min() > (1 - 1e-5 if dtype == torch.float16 else 1 - 1e-3)
+
+
+def test_a_lowered_towers_patches_are_exact(tmp_path: Path) -> None:
+    """Every value of a byte, in both types: (value - 128) / 256, without rounding."""
+    path = save(randomized_clip("tiny-16"), tmp_path / "w.pt")
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(48)[: 3 * 64 * 64].reshape(1, 64, 64, 3)
+    for dtype in (torch.float16, torch.bfloat16):
+        patches = teacher_of(path).lower(dtype).patches(pixels)
+        want = (pixels.double() - 128) / 256
+        want = want.reshape(1, 4, 16, 4, 16, 3).permute(0, 1, 3, 5, 2, 4).reshape(1, 16, 768)
+        assert patches.dtype == dtype
+        assert torch.equal(patches.double(), want)
+
+
+def test_the_type_that_a_teacher_computes_in() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert teacher_dtype("auto", "fp32", gpu) == torch.float32
+    assert teacher_dtype("auto", "bf16", gpu) == torch.float16
+    assert teacher_dtype("auto", "bf16", cpu) == torch.bfloat16
+    assert teacher_dtype("fp32", "bf16", gpu) == torch.float32
+    assert teacher_dtype("fp16", "fp32", cpu) == torch.float16
 
 
 # ---- where weights come from

@@ -148,6 +148,72 @@ def test_accumulation_changes_nothing(teacher: Teacher, parts: int, clip: float)
     )
 
 
+# --- Targets ahead
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_targets_ahead_change_no_bit(teacher: Teacher, parts: int) -> None:
+    """With the batch that follows at hand, without it, and with another than the one that then comes."""
+    config = changed(train={"accumulate": parts})
+    plain, ahead = make_step(teacher, config), make_step(teacher, config)
+    assert not plain.ahead  # nothing to gain on the CPU
+    ahead.ahead = True
+    batches = [make_batch(number) for number in range(5)]
+    following = [batches[1], batches[2], None, batches[0], None]
+    results = [(plain(batch), ahead(batch, after)) for batch, after in zip(batches, following, strict=True)]
+    for one, other in results:
+        assert torch.equal(one.loss, other.loss)
+        assert torch.equal(one.grad_norm, other.grad_norm)
+    assert weights(plain).keys() == weights(ahead).keys()
+    assert all(torch.equal(weights(plain)[name], tensor) for name, tensor in weights(ahead).items())
+    # Of five steps the second and third found their first part made; parts after the first always are.
+    assert (plain.inputs.taken_ahead, ahead.inputs.taken_ahead) == (0, 2 + 5 * (parts - 1))
+
+
+# --- The exact savings
+
+
+@pytest.mark.parametrize("tokens", ["masked", "all"])
+@pytest.mark.parametrize("cls", [True, False])
+def test_the_savings_are_exact(tokens: str, cls: bool) -> None:
+    """Loss and every gradient in float64 as with all of both last blocks, norms, head and target projection."""
+    config = changed(objective={"tokens": tokens, "cls": cls})
+    teacher = build_teacher(config.teacher, grid=(4, 4), image_size=SIDE).double()
+    step = make_step(teacher, config)
+    student, objective = step.student.double(), step.objective
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    batch = make_batch()
+    drop_scale_LSB = step._drop_scale(batch.rows)
+    assert drop_scale_LSB is not None
+    assert (drop_scale_LSB == 0).any()
+    inputs = step.inputs.take((0, 0), batch.images_BHWC, batch.masked_BM)
+    saved = step._loss(inputs, drop_scale_LSB.double(), 1.0)
+
+    every_BND = student._encode(inputs.patches_BNP, inputs.mask_BN, drop_scale_LSB.double())
+    predicted_BND = student.predictor(student.norm(every_BND))
+    x_BCHW = F.fold(teacher.patches(batch.images_BHWC).transpose(1, 2), SIDE, 16, stride=16)
+    tower = teacher.visual
+    tower.output_tokens = True
+    pooled_BD, patches_BND = tower(x_BCHW)
+    features_BND = torch.cat([pooled_BD[:, None], patches_BND @ tower.proj], dim=1)
+    taken = inputs.index_BK[..., None].expand(-1, -1, teacher.width)
+    cosine_BK = F.cosine_similarity(predicted_BND.gather(1, taken), features_BND.gather(1, taken), dim=-1)
+    unsaved = (1 - cosine_BK).mean()
+
+    torch.testing.assert_close(saved, unsaved, rtol=1e-10, atol=0)
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    for name, got, want in zip(
+        names, torch.autograd.grad(saved, parameters), torch.autograd.grad(unsaved, parameters), strict=True
+    ):
+        scale = float(want.abs().max())
+        torch.testing.assert_close(
+            got, want, rtol=1e-10, atol=1e-10 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        assert scale > 0 or name == "mask_token"
+
+
 # --- Planned stochastic depth
 
 
@@ -341,7 +407,8 @@ def in_place_of_backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
 def fake_steps(
     monkeypatch: pytest.MonkeyPatch, loss: str, spoil: Callable[[Tensor], object] | None = None
 ) -> NoWaiting:
-    config = changed(objective={"loss": loss}, train={"accumulate": 2})
+    # A stream of its own needs a real device: test_gpu.py has that part.
+    config = changed(objective={"loss": loss}, train={"accumulate": 2}, teacher={"graph": False, "ahead": False})
     teacher = build_teacher(config.teacher, grid=(4, 4), image_size=SIDE)
     student = Student(config.student, target_width=teacher.width, image_size=SIDE)
     rows = make_plan().step(0)

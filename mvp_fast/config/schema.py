@@ -103,6 +103,13 @@ class TeacherConfig:
     """An open_clip tag (needs the network once), the path of a local checkpoint, or `random`."""
     seed: int = 0
     """Seed of the weights where `pretrained` is random."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """What it computes in; its weights are cast once. auto: fp32 where train.precision is fp32, else fp16 on a GPU and
+    bf16 on the CPU."""
+    graph: bool = True
+    """On a GPU: patches, mask and targets as one CUDA graph, without launching kernels one by one."""
+    ahead: bool = True
+    """On a GPU: make the next micro-batch's targets on a stream of their own while the student works on this one."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,10 @@ class TrainConfig:
     """Micro-batches an optimizer step."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast for student and teacher, or float32 throughout."""
+    compile: Literal["auto", "blocks", "off"] = "auto"
+    """blocks: the student's blocks go through torch.compile, whole and with fixed shapes. auto: on a GPU."""
+    recompute: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes the GPU where there is one."""
     ema_decay: float = 0.0

@@ -75,6 +75,17 @@ class Prefetcher:
             batch.masked_BM.record_stream(stream)
         return batch
 
+    def peek(self) -> Batch | None:
+        """The batch that `next` will return, where it is all there already; never waits, on host or device.
+
+        The current stream may read it at once; a stream that goes on reading it later says so by `record_stream`.
+        """
+        with self._changed:
+            if self._stopped or not self._ready:
+                return None
+            batch, copied = self._ready[0]
+        return batch if copied is None or copied.query() else None
+
     def close(self) -> None:
         """Stop the thread, wait for it and drop what it made; the loader's threads of this passage end too."""
         with self._changed:

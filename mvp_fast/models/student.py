@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mvp_fast.config.schema import StudentConfig
 from mvp_fast.errors import ConfigError
@@ -44,6 +46,7 @@ class Student(nn.Module):
         patch_size: side of a patch, pixels.
         grid: patches down and across.
         mean, std: colour statistics that timm declares for the model, of values in [0, 1] (BEiT v2: ImageNet's).
+        recompute: keep only the blocks' inputs for the backward pass (arXiv 1604.06174).
 
     Raises:
         ConfigError: there is no such BEiT, or the sizes don't fit together.
@@ -67,6 +70,8 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.image_size, self.impl = config, image_size, impl
+        self.recompute = False
+        self._run_block: Callable[..., Tensor] = _block
         # Only the CPU's generator is used, so only its state has to be put back.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             beit = build_beit(config, image_size, global_pool="", shared_rel_pos_bias=True)
@@ -84,6 +89,10 @@ class Student(nn.Module):
         self.grid: tuple[int, int] = tuple(beit.patch_embed.grid_size)
         self.mean: tuple[float, ...] = tuple(beit.pretrained_cfg["mean"])
         self.std: tuple[float, ...] = tuple(beit.pretrained_cfg["std"])
+
+    def compile_blocks(self) -> None:
+        """Run the blocks through torch.compile from now on: whole, and for fixed shapes."""
+        self._run_block = torch.compile(_block, fullgraph=True, dynamic=False)
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
@@ -108,7 +117,8 @@ class Student(nn.Module):
     ) -> Tensor:
         """Predict the features of the tokens in the loss.
 
-        The final norm and the predictor run on those tokens alone, which changes neither the result nor its gradient.
+        The final norm and the predictor run on those tokens alone, and so do the queries, the output projection and the
+        MLP of the last block. That changes neither the result nor its gradient.
 
         Args:
             patches_BNP: normalised patches, see `patches`.
@@ -120,8 +130,7 @@ class Student(nn.Module):
         Returns:
             pred_BMD, D = target_width.
         """
-        tokens_BND = self._encode(patches_BNP, mask_BN, drop_scale_LSB)
-        taken_BMD = dispatch.masked_gather(tokens_BND, index_BM, impl=self.impl)
+        taken_BMD = self._encode(patches_BNP, mask_BN, drop_scale_LSB, index_BM)
         pred_BMD: Tensor = self.predictor(self.norm(taken_BMD))
         return pred_BMD
 
@@ -133,7 +142,14 @@ class Student(nn.Module):
         tokens_BND: Tensor = self.norm(self._encode(patches_BNP, None, None))
         return tokens_BND
 
-    def _encode(self, patches_BNP: Tensor, mask_BN: Tensor | None, drop_scale_LSB: Tensor | None) -> Tensor:
+    def _encode(
+        self,
+        patches_BNP: Tensor,
+        mask_BN: Tensor | None,
+        drop_scale_LSB: Tensor | None,
+        index_BM: Tensor | None = None,
+    ) -> Tensor:
+        """The tokens that the last block yields: all, or those of `index_BM`."""
         proj = self.patch_embed.proj
         x_BND = F.linear(patches_BNP, proj.weight.flatten(1), proj.bias)
         if mask_BN is not None:
@@ -143,7 +159,12 @@ class Student(nn.Module):
         bias_HNN = shared_bias(self.rel_pos_bias, self.impl)
         for number, block in enumerate(self.blocks):
             scale_SB = None if drop_scale_LSB is None else drop_scale_LSB[number]
-            x_BND = _block(block, x_BND, bias_HNN, scale_SB, self.impl)
+            given = (block, x_BND, bias_HNN, scale_SB, self.impl, index_BM if number == len(self.blocks) - 1 else None)
+            if self.recompute and torch.is_grad_enabled():
+                # A block draws no random numbers, so there is no state to put back.
+                x_BND = checkpoint(self._run_block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BND = self._run_block(*given)
         return x_BND
 
     def _init_weights(self) -> None:
@@ -246,12 +267,15 @@ def _rescale(block: Any, divisor: float) -> None:
         layer.weight.div_(divisor)
 
 
-def _block(block: Any, x_BND: Tensor, bias_HNN: Tensor, scale_SB: Tensor | None, impl: str) -> Tensor:
-    """timm's BEiT block, with the stochastic depth factors given instead of drawn."""
-    branch_BND = attention(block.attn, block.norm1(x_BND), bias_HNN, impl)
-    x_BND = x_BND + _scaled(branch_BND, block.gamma_1, None if scale_SB is None else scale_SB[0])
-    branch_BND = block.mlp(block.norm2(x_BND))
-    return x_BND + _scaled(branch_BND, block.gamma_2, None if scale_SB is None else scale_SB[1])
+def _block(
+    block: Any, x_BND: Tensor, bias_HNN: Tensor, scale_SB: Tensor | None, impl: str, index_BM: Tensor | None = None
+) -> Tensor:
+    """timm's BEiT block, with the stochastic depth factors given instead of drawn; yields the tokens of `index_BM`."""
+    branch_BMD = attention(block.attn, block.norm1(x_BND), bias_HNN, impl, index_BM)
+    x_BMD = x_BND if index_BM is None else dispatch.masked_gather(x_BND, index_BM, impl=impl)
+    x_BMD = x_BMD + _scaled(branch_BMD, block.gamma_1, None if scale_SB is None else scale_SB[0])
+    branch_BMD = block.mlp(block.norm2(x_BMD))
+    return x_BMD + _scaled(branch_BMD, block.gamma_2, None if scale_SB is None else scale_SB[1])
 
 
 def _scaled(branch_BND: Tensor, gamma_D: Tensor | None, scale_B: Tensor | None) -> Tensor:

@@ -24,7 +24,12 @@ from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.models.clip_weights import find_source, load_tower
 from mvp_fast.models.patches import input_dtype
+from mvp_fast.models.tower import block
 from mvp_kernels import dispatch
+
+# (value - 128) / 256 as a normalisation of value / 255: eight bits hold it.
+EXACT_MEAN, EXACT_STD = 128 / 255, 256 / 255
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Teacher(nn.Module):
@@ -43,9 +48,12 @@ class Teacher(nn.Module):
         width: channels of a feature.
         grid: patches down and across.
         input_size: pixels down and across that the tower sees.
+        dtype: that it computes in; under autocast only a float32 tower follows autocast's.
     """
 
     visual: Any
+    patch_weight_DP: Tensor
+    patch_shift_D: Tensor
 
     def __init__(
         self,
@@ -63,14 +71,40 @@ class Teacher(nn.Module):
         self.patch_size: int = self.visual.patch_size[0]
         self.grid: tuple[int, int] = tuple(self.visual.grid_size)
         self.input_size: tuple[int, int] = tuple(self.visual.image_size)
+        self.dtype = torch.float32
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode whatever is asked."""
         return super().train(False)
 
+    def lower(self, dtype: torch.dtype) -> Teacher:
+        """Compute in float16 or bfloat16 from now on: all weights are cast, once.
+
+        The colour statistics move into the patch embedding's weights (in float64, before the cast): it then takes
+        (value - 128) / 256, which is exact in both types, where a normalised colour is rounded.
+        """
+        visual = self.visual
+        weight_DCP = visual.conv1.weight.double().flatten(2)
+        mean_C1, std_C1 = (weight_DCP.new_tensor(values)[:, None] for values in (self.mean, self.std))
+        weight_DCP = weight_DCP / std_C1
+        shift_D = (weight_DCP * (EXACT_MEAN - mean_C1)).sum((1, 2))
+        self.to(dtype)
+        self.dtype = dtype
+        self.register_buffer("patch_weight_DP", (weight_DCP * EXACT_STD).flatten(1).to(dtype), persistent=False)
+        self.register_buffer("patch_shift_D", shift_D.to(dtype), persistent=False)
+        return self
+
+    @property
+    def lowered(self) -> bool:
+        """Whether `lower` was called."""
+        return self.dtype != torch.float32
+
     def normalization(self) -> dispatch.Normalization:
         """How the tower wants its pixels, in the type that it computes in."""
+        if self.lowered:
+            colours = len(self.mean)
+            return dispatch.Normalization((EXACT_MEAN,) * colours, (EXACT_STD,) * colours, self.dtype)
         return dispatch.Normalization(self.mean, self.std, input_dtype(self.visual.conv1.weight))
 
     def patches(self, images_BHWC: Tensor) -> Tensor:
@@ -80,21 +114,33 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, patches_BNP: Tensor, index_BM: Tensor) -> Tensor:
-        """Features of the tokens in the loss; ln_post and proj run on those tokens alone, to the same result.
+        """Features of the tokens in the loss.
+
+        ln_post and proj run on those tokens alone, and so do the queries, the output projection and the MLP of the last
+        block, to the same result.
 
         Args:
             patches_BNP: normalised patches, see `patches`.
             index_BM: int64 tokens: 0 is CLS, 1 + n is patch n of the grid, row-major.
 
         Returns:
-            features_BMD, D = width, not normalised; in autocast's type where it is on.
+            features_BMD, D = width, not normalised; in `dtype`, or in autocast's type where it is on and dtype float32.
         """
+        if self.lowered:
+            with torch.autocast(patches_BNP.device.type, enabled=False):
+                return self._features(F.linear(patches_BNP, self.patch_weight_DP, self.patch_shift_D), index_BM)
+        return self._features(F.linear(patches_BNP, self.visual.conv1.weight.flatten(1)), index_BM)
+
+    def _features(self, x_BND: Tensor, index_BM: Tensor) -> Tensor:
+        """From embedded patches on."""
         visual = self.visual
-        x_BND = F.linear(patches_BNP, visual.conv1.weight.flatten(1))
         cls_B1D = visual.class_embedding.to(x_BND.dtype).expand(x_BND.shape[0], 1, -1)
         x_BND = torch.cat((cls_B1D, x_BND), dim=1) + visual.positional_embedding.to(x_BND.dtype)
-        x_BND = visual.transformer(visual.ln_pre(x_BND))
-        x_BMD = dispatch.masked_gather(x_BND, index_BM, impl=self.impl)
+        x_BND = visual.ln_pre(x_BND)
+        *others, last = visual.transformer.resblocks
+        for resblock in others:
+            x_BND = block(resblock, x_BND)
+        x_BMD = block(last, x_BND, index_BM, self.impl)
         features_BMD: Tensor = visual.ln_post(x_BMD) @ visual.proj
         return features_BMD
 
@@ -169,6 +215,15 @@ def fingerprint(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def teacher_dtype(precision: str, train_precision: str, device: torch.device) -> torch.dtype:
+    """The type that a teacher of this setting computes in (see TeacherConfig.precision)."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if train_precision == "fp32":
+        return torch.float32
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
 def _model_config(name: str) -> dict[str, Any]:

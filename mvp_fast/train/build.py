@@ -15,7 +15,7 @@ from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.loaders.base import Loader
 from mvp_fast.loaders.registry import make_loader
 from mvp_fast.models.student import Student, patch_size_of
-from mvp_fast.models.teacher import Teacher, build_teacher
+from mvp_fast.models.teacher import Teacher, build_teacher, teacher_dtype
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
@@ -128,7 +128,13 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         seed=config.seed,
         impl=config.kernels.impl,
     ).to(ranks.device)
+    student.recompute = config.train.recompute
+    if config.train.compile == "blocks" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
+        student.compile_blocks()
     teacher.to(ranks.device)
+    dtype = teacher_dtype(config.teacher.precision, config.train.precision, ranks.device)
+    if dtype != torch.float32:
+        teacher.lower(dtype)
     if state is not None and checkpoint is not None:
         check_teacher(state, config, teacher.fingerprint, checkpoint)
     ema = _build_ema(student, config)

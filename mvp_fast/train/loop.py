@@ -16,6 +16,7 @@ from mvp_fast.errors import DataError, EnvironmentProblem, Preempted
 from mvp_fast.loaders.base import Batch
 from mvp_fast.loaders.prefetch import Prefetcher
 from mvp_fast.loaders.registry import describe
+from mvp_fast.models.teacher import PRECISIONS
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train.build import Run, build_loader, build_run
 from mvp_fast.train.checkpoint import Checkpointer
@@ -190,7 +191,8 @@ class _Loop:
         rate = learning_rate(run.steps_done, run.total_steps, run.config.optim, run.config.train.batch_size)
         set_learning_rate(run.optimizer, rate)
         self.rate = rate
-        run.interval.add(run.step(batch))
+        more = run.step.ahead and run.steps_done + 1 < run.total_steps
+        run.interval.add(run.step(batch, self.prefetcher.peek() if more else None))
         run.steps_done += 1
         run.replaced += int((batch.rows.attempt_B > 0).sum())
         if run.ema is not None:
@@ -255,7 +257,8 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     lines = [
         f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
         f" on {ranks.world} x {where}",
-        f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen, eager",
+        f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen,"
+        f" {_how_targets_are_made(run)}",
         f"data      {len(run.plan.index):,} images, {loader}, {config.data.interpolation},"
         f" batch {config.train.batch_size}",
         f"kernels   {kernels}",
@@ -265,3 +268,12 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
         lines.append(f"resumed   at step {run.steps_done:,} from {checkpoint}")
     lines += [f"changed   {setting}" for setting in run.changed]
     return "\n".join(lines)
+
+
+def _how_targets_are_made(run: Run) -> str:
+    """Precision, then how it runs: `fp16, CUDA graph, one batch ahead`, `fp32, eager`."""
+    teacher = run.config.teacher
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == run.teacher.dtype)
+    on_gpu = run.ranks.device.type == "cuda"
+    how = "CUDA graph" if on_gpu and teacher.graph else "eager"
+    return f"{precision}, {how}{', one batch ahead' if run.step.ahead else ''}"

@@ -16,7 +16,9 @@ from mvp_fast.samples.plan import SamplePlan
 
 # Settings of the run's surroundings, which change nothing in what is trained.
 _FREE = (
-    *("run.", "resume", "data.index", "data.threads", "data.prefetch", "kernels.", "teacher.", "train.device"),
+    *("run.", "resume", "data.index", "data.threads", "data.prefetch", "kernels.", "train.device"),
+    *("teacher.name", "teacher.pretrained", "teacher.seed"),  # its fingerprint tells
+    *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
 )
 _KEPT = ("objective.", "optim.name")

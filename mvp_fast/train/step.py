@@ -1,7 +1,7 @@
 """One optimizer step: student, teacher, loss, backward, clip, update. No input or output, no host synchronisation.
 
-Shape legend: B images, H and W pixels, C channels, N patches, P pixel values a patch, M tokens in the loss,
-L blocks, S the two branches of a block (attention, MLP).
+Shape legend: B images, H and W pixels, C channels, N patches, P pixel values a patch, M masked patches, K tokens in the
+loss, D channels of a feature, L blocks, S the two branches of a block (attention, MLP).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import Config
 from mvp_fast.loaders.base import Batch
-from mvp_fast.models.patches import patches_of_both
 from mvp_fast.models.student import Student
 from mvp_fast.models.teacher import Teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
+from mvp_fast.train.inputs import InputMaker, Inputs
 from mvp_fast.train.optim import apply_update
 from mvp_fast.train.stages import StageRecorder, unrecorded
 
@@ -41,7 +41,7 @@ class StepResult:
 
 
 class TrainStep:
-    """The step as a callable: `step(batch) -> StepResult`.
+    """The step as a callable: `step(batch, following) -> StepResult`.
 
     Args:
         student: the bare student (its parameters are what `optimizer` updates).
@@ -53,7 +53,8 @@ class TrainStep:
         device: where everything runs.
 
     Attributes:
-        stage: told of each stage of the step as it begins and ends; records nothing unless it is replaced.
+        inputs: makes the student's inputs and targets, ahead where `ahead` says so.
+        ahead: whether the inputs of the next micro-batch are made beside the student's work on this one.
     """
 
     def __init__(
@@ -70,9 +71,34 @@ class TrainStep:
         self.objective, self.optimizer, self.config, self.device = objective, optimizer, config, device
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.autocast = config.train.precision == "bf16"
-        self.stage: StageRecorder = unrecorded
+        self.ahead = device.type == "cuda" and config.teacher.ahead
+        self.inputs = InputMaker(
+            student,
+            teacher,
+            objective,
+            device,
+            autocast=self.autocast,
+            side_stream=self.ahead,
+            graph=config.teacher.graph,
+        )
+        self.stage = unrecorded
 
-    def __call__(self, batch: Batch) -> StepResult:
+    @property
+    def stage(self) -> StageRecorder:
+        """Told of each stage of the step as it begins and ends; records nothing unless it is replaced."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, recorder: StageRecorder) -> None:
+        self._stage = self.inputs.stage = recorder
+
+    def __call__(self, batch: Batch, following: Batch | None = None) -> StepResult:
+        """Take one step.
+
+        Args:
+            batch: on the device.
+            following: the batch that comes next, where it is there already.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.train.accumulate
         size = len(batch.rows) // parts
@@ -80,13 +106,15 @@ class TrainStep:
             drop_scale_LSB = self._drop_scale(batch.rows)
         loss = torch.zeros((), device=self.device)
         for part in range(parts):
+            inputs = self.inputs.take(*_micro_batch(batch, part, size))
+            if self.ahead and part + 1 < parts:
+                self.inputs.submit(*_micro_batch(batch, part + 1, size))
+            elif self.ahead and following is not None:
+                self.inputs.submit(*_micro_batch(following, 0, size))
             these = slice(part * size, (part + 1) * size)
             with self._gradient_sync(last=part == parts - 1):
                 part_loss = self._loss(
-                    batch.images_BHWC[these],
-                    batch.masked_BM[these],
-                    None if drop_scale_LSB is None else drop_scale_LSB[:, :, these],
-                    1.0 / parts,
+                    inputs, None if drop_scale_LSB is None else drop_scale_LSB[:, :, these], 1.0 / parts
                 )
                 # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
                 # gradient tells every rank after its all-reduce, and all of them skip the same update.
@@ -102,20 +130,11 @@ class TrainStep:
             apply_update(self.optimizer, finite)
         return StepResult(loss, grad_norm, finite)
 
-    def _loss(self, images_BHWC: Tensor, masked_BM: Tensor, drop_scale_LSB: Tensor | None, upstream: float) -> Tensor:
-        images, patches = images_BHWC.shape[0], self.student.grid[0] * self.student.grid[1]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            with self.stage("patchify"):
-                mask_BN = torch.zeros(images, patches, dtype=torch.bool, device=self.device)
-                mask_BN.scatter_(1, masked_BM, True)
-                index_BM = self.objective.token_index(masked_BM, patches)
-                student_BNP, teacher_BNP = patches_of_both(images_BHWC, self.student, self.teacher)
-            with self.stage("teacher"):
-                target_BMD = self.teacher(teacher_BNP, index_BM)
-            with self.stage("student forward"):
-                predicted_BMD = self.forward(student_BNP, mask_BN, index_BM, drop_scale_LSB)
+    def _loss(self, inputs: Inputs, drop_scale_LSB: Tensor | None, upstream: float) -> Tensor:
+        with self.stage("student forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            predicted_BKD = self.forward(inputs.patches_BNP, inputs.mask_BN, inputs.index_BK, drop_scale_LSB)
         with self.stage("loss"):
-            return self.objective(predicted_BMD, target_BMD, upstream)
+            return self.objective(predicted_BKD, inputs.target_BKD, upstream)
 
     def _clip(self) -> Tensor:
         limit = self.config.optim.clip_grad
@@ -147,3 +166,9 @@ class TrainStep:
         if not last and isinstance(self.forward, nn.parallel.DistributedDataParallel):
             return self.forward.no_sync()
         return contextlib.nullcontext()
+
+
+def _micro_batch(batch: Batch, part: int, size: int) -> tuple[tuple[int, int], Tensor, Tensor]:
+    """Key (step, part), images_BHWC and masked_BM of a part of a batch."""
+    these = slice(part * size, (part + 1) * size)
+    return (batch.step, part), batch.images_BHWC[these], batch.masked_BM[these]
