@@ -1,6 +1,7 @@
 """The teacher alone: from uint8 crops to the features of the tokens in the loss.
 
-Ours normalises and cuts patches in one pass, and takes the tokens in the loss before ln_post and the projection. The
+Ours normalises and cuts patches in one pass, and only the tokens in the loss leave its last block. On the GPU it is in
+FP16, and one CUDA graph; beside it stands the same without a graph. The
 peers are open_clip's own forward over all tokens (`peers.plain_step.PlainTeacher`), of whose result the tokens in the
 loss are taken: eager, and on the GPU through torch.compile as well (on the CPU compiling takes longer than all the rest
 of the benchmark). The same weights, crops and tokens; that the features agree is checked first, in float32.
@@ -10,6 +11,7 @@ Shape legend: B images, H and W pixels, C channels, M tokens in the loss, D chan
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mvp_kernels
-from mvp_fast.models.teacher import Teacher, build_teacher
+from mvp_fast.models.graphs import GraphedFunction
+from mvp_fast.models.teacher import Teacher, build_teacher, teacher_dtype
 from mvp_fast.objective.guided import Objective
 
 pytestmark = pytest.mark.timeout(900)  # also on a busy machine, and torch.compile takes its time
@@ -34,6 +37,11 @@ Features = Callable[[Tensor, Tensor], Tensor]  # images_BHWC, index_BM -> featur
 
 def ours_of(teacher: Teacher) -> Features:
     return lambda images_BHWC, index_BM: teacher(teacher.patches(images_BHWC), index_BM)
+
+
+def graphed(features: Features) -> Features:
+    graph = GraphedFunction(lambda *given: (features(*given),))
+    return lambda images_BHWC, index_BM: graph(images_BHWC, index_BM)[0]
 
 
 def plain_of(teacher: Any) -> Features:
@@ -62,7 +70,13 @@ def measure(benchmark: Any, session: Session, case: Case, batches: int, compiled
     batches, side = 1 if session.quick else batches, config.data.image_size // 16
     teacher = build_teacher(config.teacher, grid=(side, side), image_size=config.data.image_size).to(device)
     plain = PlainTeacher(teacher).to(device)
-    ours, peers = ours_of(teacher), {"open_clip eager": plain_of(plain)}
+    full, peers = ours_of(copy.deepcopy(teacher)), {"open_clip eager": plain_of(plain)}
+    dtype = teacher_dtype(config.teacher.precision, config.train.precision, device)
+    ours = ours_of(teacher if dtype == torch.float32 else teacher.lower(dtype))
+    if device.type == "cuda" and not session.turns:
+        peers["without a graph"] = ours
+    if device.type == "cuda":
+        ours = graphed(ours)
     if compiled and not session.turns:
         peers["open_clip compiled"] = plain_of(torch.compile(plain))
     resident = inputs(case)
@@ -74,7 +88,7 @@ def measure(benchmark: Any, session: Session, case: Case, batches: int, compiled
     def check() -> None:
         with full_float32():
             for each in inputs(exact(case)):
-                assert_close(ours(*each), peers["open_clip eager"](*each), AGREE)
+                assert_close(full(*each), peers["open_clip eager"](*each), AGREE)
         for features in peers.values():
             assert_close(in_precision(ours), in_precision(features), AGREE if device.type == "cpu" else COMPILED_AGREES)
 
@@ -102,7 +116,7 @@ def measure(benchmark: Any, session: Session, case: Case, batches: int, compiled
         device=case.device,
         rounds=rounds,
         flops_an_item=flops_an_image,
-        extra=lambda: {"kernels": mvp_kernels.record(), "precision": config.train.precision},
+        extra=lambda: {"kernels": mvp_kernels.record(), "precision": str(dtype).removeprefix("torch.")},
     )
 
 
@@ -113,5 +127,5 @@ def test_small_teacher(benchmark: Any, session: Session) -> None:
 
 @pytest.mark.gpu
 def test_b16_teacher(benchmark: Any, session: Session) -> None:
-    """Teacher's features of the tokens in the loss, ViT-B/16, 224 px, batch 256, bf16 autocast."""
+    """Teacher's features of the tokens in the loss, ViT-B/16, 224 px, batch 256, FP16; the peers under bf16 autocast."""
     measure(benchmark, session, B16, batches=10, compiled=True, rounds=15)

@@ -180,7 +180,7 @@ def test_the_savings_are_exact(tokens: str, cls: bool) -> None:
     config = changed(objective={"tokens": tokens, "cls": cls})
     teacher = build_teacher(config.teacher, grid=(4, 4), image_size=SIDE).double()
     step = make_step(teacher, config)
-    student, objective = step.student.double(), step.objective
+    student = step.student.double()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -5,6 +5,7 @@ Shape legend: B images, H and W pixels, C channels, M masked patches.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from mvp_fast.models.teacher import build_teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
+from mvp_fast.train.build import set_up_models
 from mvp_fast.train.optim import build_optimizer
 from mvp_fast.train.step import TrainStep
 
@@ -85,11 +87,12 @@ def make_steps(case: Case, compiled: bool = False) -> Steps:
     side = config.data.image_size // 16
     teacher = build_teacher(config.teacher, grid=(side, side), image_size=config.data.image_size).to(device)
     student = Student(config.student, target_width=teacher.width, image_size=config.data.image_size).to(device)
-    optimizer = build_optimizer(student, config.optim)
-    ours = TrainStep(student, student, teacher, Objective(config.objective), optimizer, config, device)
     plain = {"eager": PlainStep(student, teacher, config, device)}
     if compiled:
         plain[COMPILED] = PlainStep(student, teacher, config, device, compiled=True)
+    set_up_models(student, teacher, config)
+    optimizer = build_optimizer(student, config.optim)
+    ours = TrainStep(student, student, teacher, Objective(config.objective), optimizer, config, device)
     return Steps(ours, plain)
 
 
@@ -143,19 +146,20 @@ def check_compiled(plain: dict[str, PlainStep], batch: Batch) -> None:
     assert losses[COMPILED] == pytest.approx(losses["eager"], rel=COMPILED_AGREES), f"the first loss: {losses}"
 
 
-def work(step: Callable[[Batch], Any], batches: list[Batch], steps: int) -> Callable[[], None]:
-    """A round: so many steps."""
+def work(step: Callable[[Batch, Batch], Any], batches: list[Batch], steps: int) -> Callable[[], None]:
+    """A round: so many steps, each told the batch that follows, which begins the next round."""
+    position = itertools.cycle(itertools.pairwise([*batches, batches[0]]))
 
     def run() -> None:
-        for number in range(steps):
-            step(batches[number % len(batches)])
+        for batch, following in itertools.islice(position, steps):
+            step(batch, following)
 
     return run
 
 
-def plainly(step: PlainStep) -> Callable[[Batch], Any]:
-    """The plain step, called with a batch as ours is."""
-    return lambda batch: step(batch.images_BHWC, batch.masked_BM)
+def plainly(step: PlainStep) -> Callable[[Batch, Batch], Any]:
+    """The plain step, called with batches as ours is."""
+    return lambda batch, following: step(batch.images_BHWC, batch.masked_BM)
 
 
 def flops_an_image(case: Case) -> float:

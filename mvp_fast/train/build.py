@@ -128,13 +128,8 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         seed=config.seed,
         impl=config.kernels.impl,
     ).to(ranks.device)
-    student.recompute = config.train.recompute
-    if config.train.compile == "blocks" or (config.train.compile == "auto" and ranks.device.type == "cuda"):
-        student.compile_blocks()
     teacher.to(ranks.device)
-    dtype = teacher_dtype(config.teacher.precision, config.train.precision, ranks.device)
-    if dtype != torch.float32:
-        teacher.lower(dtype)
+    set_up_models(student, teacher, config)
     if state is not None and checkpoint is not None:
         check_teacher(state, config, teacher.fingerprint, checkpoint)
     ema = _build_ema(student, config)
@@ -146,6 +141,20 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
     if checkpoint is not None and state is not None:
         _load(run, checkpoint, state)
     return run
+
+
+def set_up_models(student: Student, teacher: Teacher, config: Config) -> None:
+    """Put into effect how the models run where they are: types, compiler, memory for the backward pass.
+
+    The weights that a checkpoint holds stay float32.
+    """
+    device = student.cls_token.device
+    student.recompute = config.train.recompute
+    if config.train.compile == "blocks" or (config.train.compile == "auto" and device.type == "cuda"):
+        student.compile_blocks()
+    dtype = teacher_dtype(config.teacher.precision, config.train.precision, device)
+    if dtype != torch.float32:
+        teacher.lower(dtype)
 
 
 def open_index(config: Config) -> Index:
