@@ -127,5 +127,5 @@ def test_small_teacher(benchmark: Any, session: Session) -> None:
 
 @pytest.mark.gpu
 def test_b16_teacher(benchmark: Any, session: Session) -> None:
-    """Teacher's features of the tokens in the loss, ViT-B/16, 224 px, batch 256, FP16; the peers under bf16 autocast."""
+    """Teacher's features of the tokens in the loss, ViT-B/16, 224 px, batch 256, FP16; peers under bf16 autocast."""
     measure(benchmark, session, B16, batches=10, compiled=True, rounds=15)
