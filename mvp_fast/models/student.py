@@ -47,6 +47,7 @@ class Student(nn.Module):
         grid: patches down and across.
         mean, std: colour statistics that timm declares for the model, of values in [0, 1] (BEiT v2: ImageNet's).
         recompute: keep only the blocks' inputs for the backward pass (arXiv 1604.06174).
+        compiled: whether `compile_blocks` was called.
 
     Raises:
         ConfigError: there is no such BEiT, or the sizes don't fit together.
@@ -70,7 +71,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.image_size, self.impl = config, image_size, impl
-        self.recompute = False
+        self.recompute = self.compiled = False
         self._run_block: Callable[..., Tensor] = _block
         # Only the CPU's generator is used, so only its state has to be put back.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -93,6 +94,7 @@ class Student(nn.Module):
     def compile_blocks(self) -> None:
         """Run the blocks through torch.compile from now on: whole, and for fixed shapes."""
         self._run_block = torch.compile(_block, fullgraph=True, dynamic=False)
+        self.compiled = True
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:

@@ -256,7 +256,7 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     loader = describe(config.data, ranks.device)
     lines = [
         f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
-        f" on {ranks.world} x {where}",
+        f"{' compiled,' if run.student.compiled else ''} on {ranks.world} x {where}",
         f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen,"
         f" {_how_targets_are_made(run)}",
         f"data      {len(run.plan.index):,} images, {loader}, {config.data.interpolation},"
