@@ -10,14 +10,13 @@ Shape legend: B images, H and W pixels, C channels.
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from harness import Session, compare
+from peers.commands import write_beton
 from PIL import Image
 from recorder import cores
 from test_loaders import BATCH, CHECKED, ROUNDS, WARM_UP, Steady, check_peer, crops, rate
@@ -68,11 +67,7 @@ def test_images_a_second_and_core_from_a_beton(
 ) -> None:
     """A beton (raw 256 px, JPEG 500 px) to crops of 224 px, area filter, all cores."""
     pytest.importorskip("ffcv", reason="FFCV is not installed: make install says why", exc_type=ImportError)
-    out = tmp_path / "set.beton"
-    words = ["convert", imagenet_scenes, "--to", "beton", "--out", out, "--mode", mode, "--side", side]
-    command = [sys.executable, "-m", "mvp_fast", "data", *map(str, words)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    index, data = Index.open(out.with_suffix(".parquet")), DataConfig(interpolation="area")
+    index, data = Index.open(write_beton(imagenet_scenes, tmp_path, mode, side)), DataConfig(interpolation="area")
     a_core = {"raw": 64, "jpeg": 8}[mode]
     count, warm_up = (2, 1) if session.quick else (a_core * cores(), WARM_UP)
     plan = SamplePlan(index, seed=0, batch_size=BATCH, data=data, mask=MaskConfig())
@@ -83,7 +78,7 @@ def test_images_a_second_and_core_from_a_beton(
         from peers.ffcv_loader import FfcvPassages
 
         longest = max(warm_up + count, CHECKED // BATCH)
-        passages = FfcvPassages(out, len(index), data, batch_size=BATCH, batches=longest, workers=cores())
+        passages = FfcvPassages(index.file(0), len(index), data, batch_size=BATCH, batches=longest, workers=cores())
         peers = {"FFCV's loader": Steady(passages.start, passages.end, count).variant(warm_up)}
 
     def check() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from harness import Session, Variant, compare, nothing
-from peers.commands import OURS, REPO, SMALL, python, run, settings_words
+from peers.commands import OURS, REPO, SMALL, python, run, settings_words, write_beton
 from peers.image_loaders import Passages, RandomCropPipeline
 from recorder import cores
 
@@ -141,9 +141,12 @@ class FirstBatch:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_first_batch(benchmark: Any, session: Session, imagenet_scenes: Path, name: str) -> None:
+def test_first_batch(benchmark: Any, session: Session, imagenet_scenes: Path, tmp_path: Path, name: str) -> None:
     """A loader's first batch of 32 crops of 224 px, from its construction, all cores."""
     index, data = Index.open(imagenet_scenes), DataConfig()
+    if name == "ffcv":
+        pytest.importorskip("ffcv", reason="FFCV is not installed: make install says why", exc_type=ImportError)
+        index, data = Index.open(write_beton(imagenet_scenes, tmp_path, "raw", 256)), DataConfig(interpolation="area")
     plan = SamplePlan(index, seed=0, batch_size=BATCH, data=data, mask=MaskConfig())
 
     def ours() -> tuple[torch.Tensor, Callable[[], None]]:
@@ -165,7 +168,8 @@ def test_first_batch(benchmark: Any, session: Session, imagenet_scenes: Path, na
         pipeline = RandomCropPipeline(index, BATCH, data, cores())
         return next(iter(pipeline)), pipeline.close
 
-    peers = {} if name == "synthetic" else {"DataLoader, Pillow": data_loader, "DALI random crop": dali}
+    reads_files = name not in ("synthetic", "ffcv")
+    peers = {} if not reads_files else {"DataLoader, Pillow": data_loader, "DALI random crop": dali}
     variants = {each: FirstBatch(take) for each, take in {"ours": ours, **peers}.items()}
 
     def check() -> None:

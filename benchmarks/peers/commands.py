@@ -150,3 +150,11 @@ def read(folder: Path, steps: int) -> Ended:
             raise RuntimeError(f"{folder}: an update was skipped, a sample was bad or the loss not finite: {line}")
     steady = lines[len(lines) // 5 or 1 :] or lines
     return Ended(lines, [line["images_per_second"] for line in steady], [line["data_wait"] for line in steady])
+
+
+def write_beton(index: Path, folder: Path, mode: str, side: int) -> Path:
+    """Convert an index's images to `folder`/set.beton; returns its index."""
+    out = folder / "set.beton"
+    words = ["convert", index, "--to", "beton", "--out", out, "--mode", mode, "--side", side]
+    run(python("-m", "mvp_fast", "data", *map(str, words)))
+    return out.with_suffix(".parquet")
