@@ -40,7 +40,7 @@ from mvp_fast.train.step import TrainStep
 from tests.conftest import arguments, losses, run_verb
 
 STEPS = 50
-OPS = ("guided_loss", "masked_gather", "patchify", "relpos_attention_qkv", "relpos_bias")
+OPS = ("guided_loss", "masked_gather", "patchify", "relpos_attention", "relpos_attention_qkv", "relpos_bias")
 DEVICES = pytest.mark.parametrize(
     "device",
     [

@@ -50,4 +50,5 @@ def _attention(module: nn.MultiheadAttention, x_BND: Tensor, asking_BMD: Tensor 
 
 def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """(B, N, parts H D) to `parts` views (B, H, N, D)."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    views: tuple[Tensor, ...] = x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return views

@@ -9,7 +9,6 @@ loss, D channels of a feature.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -128,8 +127,8 @@ class InputMaker:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         images, patches = images_BHWC.shape[0], self.student.grid[0] * self.student.grid[1]
         # No cache of cast weights: it would outlive a capture, and be read in the next.
-        autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        with torch.no_grad(), autocast if self.autocast else nullcontext():
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False)
+        with torch.no_grad(), autocast:
             with stage("patchify"):
                 mask_BN = torch.zeros(images, patches, dtype=torch.bool, device=self.device)
                 mask_BN.scatter_(1, masked_BM, True)
