@@ -298,7 +298,7 @@ def test_updates_by_fusedadams_rules() -> None:
 
 
 def test_the_stand_in_counts_a_skipped_first_step_unless_prepared() -> None:
-    """The reason for `prepare`: in two groups, the second would be one ahead for good."""
+    """The reason for `prepare`: the counters would be one ahead for good."""
     model = make_model()
     unprepared = StandIn(grouped(model), betas=(0.9, 0.98), eps=1e-8)
     run(model, unprepared, range(3))

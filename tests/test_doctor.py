@@ -248,15 +248,13 @@ def test_what_a_check_prints_at_its_end_does_no_harm(tmp_path: Path, monkeypatch
 
 
 def rows_of(**states: State) -> list[Row]:
-    """A machine with a GPU on which all is well but for what is said."""
-    named = {name.replace("_", " "): state for name, state in states.items()}
+    """A machine with two GPUs on which all is well but for what is said."""
     facts: dict[str, dict[str, Any]] = {
         "GPU": {"count": 2, "name": "A GPU"},
         "torch": {"device": "cuda", "loader": "dali on the GPU", "kernels": "triton"},
     }
-    parts = [check.part.replace("open_clip", "open clip") for check in CHECKS] + ["driver"]
-    rows = [Row(p, named.get(p, State.OK), "found", facts=facts.get(p, {})) for p in parts]
-    return [Row(**{**row.as_dict(), "part": row.part.replace("open clip", "open_clip")}) for row in rows]
+    parts = ["driver", *(check.part for check in CHECKS)]
+    return [Row(part, states.get(part, State.OK), "found", facts=facts.get(part, {})) for part in parts]
 
 
 def test_a_machine_with_gpus() -> None:
@@ -280,10 +278,8 @@ def test_what_training_needs(state: State) -> None:
     assert judge(rows_of(nvImageCodec=state)).can_train, "a GPU's run decodes by DALI"
     assert "mvp-fast train --data.loader torchvision." in judge(rows_of(DALI=state)).verdict
     assert "mvp-fast train --kernels.impl reference." in judge(rows_of(Triton=state)).verdict
-    on_cpu = [
-        Row(**{**row.as_dict(), "facts": {**row.facts, "device": "cpu"}}) if row.part == "torch" else row
-        for row in rows_of(nvImageCodec=state, GPU=State.MISSING, driver=State.MISSING)
-    ]
+    on_cpu = rows_of(nvImageCodec=state, GPU=State.MISSING, driver=State.MISSING)
+    next(row for row in on_cpu if row.part == "torch").facts["device"] = "cpu"
     assert "nvImageCodec is" in judge(on_cpu).verdict
 
 
@@ -432,11 +428,10 @@ def test_memory_is_not_taken_for_a_disk() -> None:
     folder = Path("/dev/shm/mvp-doctor-test")
     try:
         rate = measure(write_files(folder, 20, 100_000))
-        assert rate.from_disk == 0
         assert rate.cached
         (row,) = disk.disk_rows({"data": str(folder)})
         assert row.state is State.NOTE
-        assert "0 % from the disk" in row.found
+        assert "% from the disk, the rest may be the page cache's rate" in row.found
         assert row.facts["may_be_cached"]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
