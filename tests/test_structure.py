@@ -13,7 +13,10 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 # Highest first; a room may import from itself and from those after it.
-ROOMS = ["cli", "evaluate", "train", "export", "objective", "models", "loaders", "samples", "config", "errors"]
+ROOMS = [
+    *("cli", "doctor", "evaluate", "train", "export", "objective"),
+    *("models", "loaders", "samples", "config", "errors"),
+]
 HEAVY = ("torch", "numpy", "numba", "pyarrow", "PIL", "timm", "open_clip", "nvidia.dali", "torchvision", "rich", "yaml")
 
 
@@ -99,6 +102,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["data", "plan", "--help"],
         ["data", "render", "--help"],
         ["data", "bench", "--help"],
+        ["doctor", "--help"],
         ["bench", "--help"],
         ["bench", "history", "--help"],
     ],

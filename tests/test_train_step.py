@@ -148,6 +148,73 @@ def test_accumulation_changes_nothing(teacher: Teacher, parts: int, clip: float)
     )
 
 
+class Passes(TorchDispatchMode):
+    """Notes, by the step's stages, what reads or writes a gradient that a parameter holds, and what was copied."""
+
+    def __init__(self, step: TrainStep) -> None:
+        super().__init__()
+        self.parameters, self.now = step.parameters, ""
+        self.touched: dict[str, list[list[str]]] = {}  # a list a time that the stage is entered
+        self.copies: list[Tensor] = []
+        step.stage = self.stage
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        before, self.now = self.now, name
+        self.touched.setdefault(name, []).append([])
+        yield
+        self.now = before
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = {p.grad.untyped_storage().data_ptr() for p in self.parameters if p.grad is not None}
+        out = op(*args, **(kwargs or {}))
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if held & {tensor.untyped_storage().data_ptr() for tensor in taken}:
+            self.touched.setdefault(self.now, [[]])[-1].append(op.name().removeprefix("aten::").partition(".")[0])
+        if op.name() in ("aten::clone", "aten::copy_", "aten::_to_copy"):
+            self.copies.append(out)
+        return out
+
+
+def passes_over_gradients(teacher: Teacher, parts: int, name: str = "adamw", clip: float = 0.05) -> Passes:
+    config = changed(optim={"name": name, "clip_grad": clip}, train={"accumulate": parts})
+    step = make_step(teacher, config)
+    step(make_batch(0))  # the optimizer's state is made
+    with Passes(step) as passes:
+        step(make_batch(1))
+    return passes
+
+
+def is_view(name: str) -> bool:
+    return name in ("detach", "alias", "view", "t", "transpose", "as_strided")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_gradients_are_passed_over_no_more_than_needed(teacher: Teacher, parts: int) -> None:
+    """Added to once for each further micro-batch; then one reading for the norm and one pass for the whole update.
+
+    The first micro-batch's gradients become the parameters' own, without a copy.
+    """
+    passes = passes_over_gradients(teacher, parts)
+    count = len(passes.parameters)
+    added = [[name for name in names if not is_view(name)] for names in passes.touched["backward"]]
+    assert added == [[], *[["add_"] * count] * (parts - 1)]
+    groups = 2  # with weight decay and without
+    assert passes.touched["clip"] == [["_foreach_norm"]]
+    assert passes.touched["optimizer"] == [["_fused_adamw_"] * groups]
+    assert set(passes.touched) <= {"backward", "clip", "optimizer"} | {
+        k for k, v in passes.touched.items() if not any(v)
+    }
+    copied = {tensor.untyped_storage().data_ptr() for tensor in passes.copies}
+    assert not [p.shape for p in passes.parameters if p.grad.untyped_storage().data_ptr() in copied]
+
+
+def test_further_passes_would_be_noticed(teacher: Teacher) -> None:
+    """An optimizer that can't divide by itself makes one, where there is a limit."""
+    assert passes_over_gradients(teacher, 1, "nadamw").touched["optimizer"][0][0] == "_foreach_div_"
+    assert "_foreach_div_" not in passes_over_gradients(teacher, 1, "nadamw", clip=0.0).touched["optimizer"][0]
+
+
 # --- Targets ahead
 
 

@@ -23,6 +23,7 @@ VERBS = {
     "data plan": ("mvp_fast.cli.data.plan", "write the samples, boxes and masks of an epoch as a table"),
     "data render": ("mvp_fast.cli.data.render", "write one batch as the student sees it, as a picture and as arrays"),
     "data bench": ("mvp_fast.cli.data.bench", "measure how many images a second each backend loads, of your data"),
+    "doctor": ("mvp_fast.cli.doctor", "try out what training runs on here, and say what is missing"),
     "bench": ("mvp_fast.cli.bench.run", "run the benchmarks, or compare their speed with another revision's"),
     "bench history": ("mvp_fast.cli.bench.history", "draw recorded benchmark results over commits"),
 }

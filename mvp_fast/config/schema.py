@@ -131,8 +131,9 @@ class OptimConfig:
     """Optimizer and learning rate schedule: linear warm-up, then half a cosine."""
 
     name: str = "adamw"
-    """An optimizer of timm's factory (timm.optim.list_optimizers()). adamw and adam skip a non-finite update on the
-    device; with the others the host waits for each step."""
+    """An optimizer of timm's factory (timm.optim.list_optimizers()). adamw and adam are torch's fused ones; fusedadam,
+    fusedadamw and fusedlamb are apex's, where NVIDIA's is built. All but fusedlamb of these clip and skip a non-finite
+    update on the device; with the others the host waits for each step."""
     lr: float = 1.5e-3
     """Peak learning rate at `reference_batch_size`; scaled linearly with train.batch_size."""
     reference_batch_size: int = 2048

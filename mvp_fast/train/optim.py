@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import OptimConfig
 from mvp_fast.errors import ConfigError
+from mvp_fast.train import apex
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
@@ -31,10 +32,11 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: i
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """An optimizer from timm's factory; torch's fused implementation where it has one.
 
-    Biases, norms, layer scales and everything in `model.no_weight_decay()` have no weight decay.
+    Biases, norms, layer scales and everything in `model.no_weight_decay()` have no weight decay. None clips by itself.
 
     Raises:
         ConfigError: timm knows no optimizer of that name, or it takes no such setting.
+        EnvironmentProblem: it is one of NVIDIA apex's, and that is not installed, or the model is not on a GPU.
     """
     import timm.optim
 
@@ -47,11 +49,17 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         raise ConfigError(f"There is no optimizer `{optim.name}`", where="optim.name", fix=hint)
     settings: dict[str, object] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "eps": optim.eps}
     settings["betas"] = optim.betas
+    kind = timm.optim.get_optimizer_info(name).opt_class
     if name in FUSED:
         settings["fused"] = True
+    elif isinstance(kind, str) and kind.startswith("apex."):
+        settings |= apex.settings_of(kind, optim.name, next(model.parameters()).device)
+    elif kind is timm.optim.Lamb:
+        settings["max_grad_norm"] = None  # its own default would clip a second time, at 1
     try:
         # timm groups by weight decay only where there is some; one group without it trains the same.
         optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(model, opt=name, **settings)
+        apex.prepare(optimizer)
         return optimizer
     except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:
         # Each optimizer has its own way to refuse: a package or GPU it lacks, or betas of another number.
@@ -62,27 +70,59 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         ) from error
 
 
-# torch's fused implementations take `found_inf`: they skip the whole update where it is 1, without a host sync.
+# torch's fused implementations take `found_inf` (they skip the whole update where it is 1, without a host sync) and
+# `grad_scale` (they divide the gradients by it in the pass that they make anyway).
 FUSED = frozenset({"adamw", "adam"})
 
 
-def apply_update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Take an optimizer step where `finite` (bool, shape ()) holds; otherwise change neither weights nor state.
+def clip_scale(grad_norm: Tensor, limit: float) -> Tensor | None:
+    """By what the gradients must be divided so that their norm is at most `limit`: float32 (), 1 or more.
 
-    Fused optimizers decide on the device. Others make the host wait for `finite` here.
+    None where `limit` is 0, for no clipping. The host reads nothing.
+    """
+    if limit <= 0:
+        return None
+    return ((grad_norm + 1e-6) / limit).clamp(min=1.0).to(torch.float32)  # 1e-6: as torch's clip_grad_norm_ has it
+
+
+def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give the gradients back, as `zero_grad(set_to_none=True)` does; apex's optimizers do not take that argument."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def apply_update(optimizer: torch.optim.Optimizer, finite: Tensor, grad_scale: Tensor | None = None) -> None:
+    """Take an optimizer step where `finite` holds; otherwise change neither weights nor state.
+
+    torch's fused optimizers and apex's FusedAdam decide on the device, and divide the gradients in their own pass.
+    With others the host waits for `finite` here, and clipping is a pass of its own.
+
+    Args:
+        finite: bool ().
+        grad_scale: from `clip_scale`; the gradients are divided by it first, and are so when this returns.
     """
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = (~finite).to(torch.float32).reshape(())  # type: ignore[attr-defined]
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.step()
+    elif apex.decides_on_device(optimizer):
+        apex.update(optimizer, finite, grad_scale)
     elif bool(finite):
+        if grad_scale is not None:
+            held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(held, grad_scale)
         optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the learning rate of every group; groups with an `lr_scale` (layer decay) keep their share."""
     for group in optimizer.param_groups:
-        group["lr"] = value * group.get("lr_scale", 1.0)
+        rate = value * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):  # apex's FusedAdam reads it on the device
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
@@ -110,7 +150,11 @@ def load_optimizer_tensors(
     for name, tensor in tensors.items():
         key, _, parameter = name.partition(".")
         if key in ("group_tensor", "group_number"):
-            optimizer.param_groups[int(parameter)]["step"] = tensor.clone() if key == "group_tensor" else tensor.item()
+            group = optimizer.param_groups[int(parameter)]
+            if isinstance(group.get("step"), Tensor):  # it counts on the device from the start
+                group["step"].copy_(tensor.reshape(group["step"].shape))
+            else:
+                group["step"] = tensor.clone() if key == "group_tensor" else tensor.item()
         else:
             by_parameter.setdefault(parameter, {})[key] = tensor
     fused = bool(optimizer.defaults.get("fused"))

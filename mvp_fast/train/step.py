@@ -21,7 +21,7 @@ from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
 from mvp_fast.train.inputs import InputMaker, Inputs
-from mvp_fast.train.optim import apply_update
+from mvp_fast.train.optim import apply_update, clear_gradients, clip_scale
 from mvp_fast.train.stages import StageRecorder, unrecorded
 
 
@@ -99,7 +99,7 @@ class TrainStep:
             batch: on the device.
             following: the batch that comes next, where it is there already.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.optimizer)
         parts = self.config.train.accumulate
         size = len(batch.rows) // parts
         with self.stage("copy"):
@@ -124,10 +124,11 @@ class TrainStep:
                     (part_loss * factor).backward()
             loss += part_loss.detach() / parts
         with self.stage("clip"):
-            grad_norm = self._clip()
+            grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            grad_scale = clip_scale(grad_norm, self.config.optim.clip_grad)
         with self.stage("optimizer"):
             finite = torch.isfinite(grad_norm)
-            apply_update(self.optimizer, finite)
+            apply_update(self.optimizer, finite, grad_scale)
         return StepResult(loss, grad_norm, finite)
 
     def _loss(self, inputs: Inputs, drop_scale_LSB: Tensor | None, upstream: float) -> Tensor:
@@ -135,14 +136,6 @@ class TrainStep:
             predicted_BKD = self.forward(inputs.patches_BNP, inputs.mask_BN, inputs.index_BK, drop_scale_LSB)
         with self.stage("loss"):
             return self.objective(predicted_BKD, inputs.target_BKD, upstream)
-
-    def _clip(self) -> Tensor:
-        limit = self.config.optim.clip_grad
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if limit > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        return norm
 
     def _drop_scale(self, rows: PlanRows) -> Tensor | None:
         """Stochastic depth (arXiv 1603.09382) from the plan: 0 or 1 / keep for each block, branch and image.

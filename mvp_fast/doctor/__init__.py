@@ -1,0 +1,1 @@
+"""What this machine has for training, part by part, each tried out; `mvp-fast doctor` shows it."""
