@@ -74,7 +74,7 @@ class Student(nn.Module):
             self.mask_token = nn.Parameter(torch.empty_like(beit.cls_token))
             self.patch_embed = beit.patch_embed
             self.rel_pos_bias = beit.rel_pos_bias
-            self.blocks = beit.blocks
+            self.blocks = nn.ModuleList(Block(block) for block in beit.blocks)
             self.norm = beit.norm
             self.predictor = nn.Linear(beit.embed_dim, target_width)
             torch.default_generator.manual_seed(seed)
@@ -143,7 +143,7 @@ class Student(nn.Module):
         bias_HNN = shared_bias(self.rel_pos_bias, self.impl)
         for number, block in enumerate(self.blocks):
             scale_SB = None if drop_scale_LSB is None else drop_scale_LSB[number]
-            x_BND = _block(block, x_BND, bias_HNN, scale_SB, self.impl)
+            x_BND = block(x_BND, bias_HNN, scale_SB, self.impl)
         return x_BND
 
     def _init_weights(self) -> None:
@@ -162,6 +162,22 @@ class Student(nn.Module):
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=1):
                 _rescale(block, math.sqrt(2 * number))
+
+
+class Block(nn.Module):
+    """The parts of timm's BEiT block under timm's names, computed by `_block`.
+
+    A module that is called, so that whoever hangs on a block's call (sharding gathers its weights there) finds one.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.gamma_1, self.gamma_2 = block.gamma_1, block.gamma_2
+
+    def forward(self, *arguments: Any) -> Tensor:
+        """`_block` of this block and `arguments`."""
+        return _block(self, *arguments)
 
 
 def patch_size_of(name: str) -> int:

@@ -18,6 +18,7 @@ from mvp_fast.samples.plan import SamplePlan
 _FREE = (
     *("run.", "resume", "data.index", "data.threads", "data.prefetch", "kernels.", "teacher.", "train.device"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
+    "train.sharding",
 )
 _KEPT = ("objective.", "optim.name")
 # What plans were before they could be otherwise; see SamplePlan.state.

@@ -22,6 +22,7 @@ from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
 from mvp_fast.train.optim import apply_update
+from mvp_fast.train.sharding import clip_shards, is_sharded, sync_gradients
 from mvp_fast.train.stages import StageRecorder, unrecorded
 
 
@@ -70,6 +71,7 @@ class TrainStep:
         self.objective, self.optimizer, self.config, self.device = objective, optimizer, config, device
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.autocast = config.train.precision == "bf16"
+        self.sharded = is_sharded(student)
         self.stage: StageRecorder = unrecorded
 
     def __call__(self, batch: Batch) -> StepResult:
@@ -120,6 +122,8 @@ class TrainStep:
     def _clip(self) -> Tensor:
         limit = self.config.optim.clip_grad
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.sharded:
+            return clip_shards(gradients, limit)
         norm = nn.utils.get_total_norm(gradients)
         if limit > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
@@ -144,6 +148,8 @@ class TrainStep:
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Ranks average their gradients in the last micro-batch only."""
+        if self.sharded:
+            sync_gradients(self.student, last=last)
         if not last and isinstance(self.forward, nn.parallel.DistributedDataParallel):
             return self.forward.no_sync()
         return contextlib.nullcontext()
