@@ -6,6 +6,7 @@ sharded_ranks.py INDEX OUT    writes OUT/rank0.pt and so on: tensors, numbers, s
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvp_fast.config.schema import (
     Config,
@@ -53,6 +54,19 @@ CASES: dict[str, tuple[Config, bool]] = {
 }
 
 
+class Exchanges(TorchDispatchMode):
+    """Counts what the ranks exchange."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes behind tensors on this rank, with whole storages: a view of a larger tensor counts as that."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -83,7 +97,7 @@ def trained(run: Run, poison: bool) -> dict[str, Any]:
         before = whole(run)
         last_rank = run.ranks.rank == run.ranks.world - 1
         spoilt = run.teacher.register_forward_hook(infinite) if poison and number == POISONED and last_rank else None
-        with CommDebugMode() as counted:
+        with Exchanges() as exchanges:
             result = run.step(batch)
         if spoilt is not None:
             spoilt.remove()
@@ -92,7 +106,7 @@ def trained(run: Run, poison: bool) -> dict[str, Any]:
         found["norms"].append(float(result.grad_norm))
         found["finite"].append(bool(result.finite))
         found["changed"].append([name for name in after if not torch.equal(before[name], after[name])])
-        found["exchanges"].append({str(name): count for name, count in counted.get_comm_counts().items()})
+        found["exchanges"].append(dict(exchanges.counts))
         if number == 0:
             gradients = {name: weight.grad for name, weight in run.student.named_parameters()}
             found["gradients"] = {name: tensor.clone() for name, tensor in gather(gradients, keep=True).items()}
@@ -108,9 +122,9 @@ def trained(run: Run, poison: bool) -> dict[str, Any]:
     }
     found["parts"] = run.checkpoint_parts()
     if run.step.sharded:
-        patches_BNP = run.student.patches(batch.images_BHWC)
-        with torch.no_grad():
-            found["encoded"] = run.student.encode(patches_BNP)
+        bf16 = run.config.train.precision == "bf16"
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            found["encoded"] = run.student.encode(run.student.patches(batch.images_BHWC))
         found["images"] = batch.images_BHWC
     return found
 

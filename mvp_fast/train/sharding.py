@@ -51,7 +51,7 @@ def shard(student: Student, ranks: Ranks, *, bf16: bool) -> None:
 
     Args:
         student: whole; may be on the CPU, so that a device never holds more of it than its part and one block.
-        bf16: the student runs under bf16 autocast.
+        bf16: the student is called under bf16 autocast, and only there.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -126,9 +126,12 @@ def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        gathered = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+        if isinstance(tensor, DTensor):
+            with torch.no_grad():
+                gathered = tensor.full_tensor()
+            tensor = gathered.cpu()
         if keep:
-            whole[name] = gathered.cpu() if isinstance(tensor, DTensor) else gathered
+            whole[name] = tensor
     return whole
 
 
