@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -173,6 +174,19 @@ class Launcher:
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         request = {"argv": list(map(str, words)), "environment": env or {}, "out": str(out), "err": str(err)}
         return Process(self, self.ask(request)["pid"], out, err)
+
+    def start_ranks(self, ranks: list[list[Any]]) -> list[Process]:
+        """Start one process a list of words, with the environment that torchrun would give them."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        world = len(ranks)
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        return [
+            self.start(*words, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
+            for rank, words in enumerate(ranks)
+        ]
 
     def run(self, *words: Any, code: int = 0) -> Process:
         """Start one process and wait for its end, which must come with this exit code."""

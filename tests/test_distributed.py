@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,19 +71,9 @@ def start(launcher: Launcher, dented: Path) -> Start:
     def call(
         run: Path, world: int = 1, data: Path = dented, folders: list[Path] | None = None, **overrides: Any
     ) -> list[Process]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        return [
-            launcher.start(
-                "train",
-                *settings_of(folders[rank] if folders else run, data, overrides),
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {},
-            )
-            for rank in range(world)
-        ]
+        return launcher.start_ranks(
+            [["train", *settings_of(folders[rank] if folders else run, data, overrides)] for rank in range(world)]
+        )
 
     return call
 

@@ -90,7 +90,7 @@ def make_steps(case: Case, compiled: bool = False) -> Steps:
     plain = {"eager": PlainStep(student, teacher, config, device)}
     if compiled:
         plain[COMPILED] = PlainStep(student, teacher, config, device, compiled=True)
-    set_up_models(student, teacher, config)
+    set_up_models(student, teacher, config, device)
     optimizer = build_optimizer(student, config.optim)
     ours = TrainStep(student, student, teacher, Objective(config.objective), optimizer, config, device)
     return Steps(ours, plain)

@@ -41,7 +41,8 @@ def _train(config: Config) -> int:
             raise EnvironmentProblem(
                 f"The GPU's memory is too small: {str(error).partition('.')[0]}",
                 where=f"train.batch-size {config.train.batch_size}, train.accumulate {config.train.accumulate}",
-                fix="Raise train.accumulate, which keeps the result, or lower train.batch-size",
+                fix="Raise train.accumulate, which keeps the result, lower train.batch-size, or with several GPUs set"
+                " train.sharding to full",
             ) from error
         if not ranks.is_main:
             return 0

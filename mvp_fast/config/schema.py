@@ -164,6 +164,9 @@ class TrainConfig:
     """Global batch size: over all ranks and accumulation steps."""
     accumulate: int = 1
     """Micro-batches an optimizer step."""
+    sharding: Literal["none", "full"] = "none"
+    """none: each rank holds the whole student (DDP). full: ranks share its weights, gradients and optimizer state
+    (FSDP), for L and larger; the same curve and the same checkpoints, so a run may change it. No effect on one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast for student and teacher, or float32 throughout."""
     compile: Literal["auto", "blocks", "off"] = "auto"

@@ -46,7 +46,6 @@ class Student(nn.Module):
         patch_size: side of a patch, pixels.
         grid: patches down and across.
         mean, std: colour statistics that timm declares for the model, of values in [0, 1] (BEiT v2: ImageNet's).
-        recompute: keep only the blocks' inputs for the backward pass (arXiv 1604.06174).
         compiled: whether `compile_blocks` was called.
 
     Raises:
@@ -71,8 +70,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.image_size, self.impl = config, image_size, impl
-        self.recompute = self.compiled = False
-        self._run_block: Callable[..., Tensor] = _block
+        self.compiled = False
         # Only the CPU's generator is used, so only its state has to be put back.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             beit = build_beit(config, image_size, global_pool="", shared_rel_pos_bias=True)
@@ -80,7 +78,7 @@ class Student(nn.Module):
             self.mask_token = nn.Parameter(torch.empty_like(beit.cls_token))
             self.patch_embed = beit.patch_embed
             self.rel_pos_bias = beit.rel_pos_bias
-            self.blocks = beit.blocks
+            self.blocks = nn.ModuleList(Block(block) for block in beit.blocks)
             self.norm = beit.norm
             self.predictor = nn.Linear(beit.embed_dim, target_width)
             torch.default_generator.manual_seed(seed)
@@ -93,8 +91,15 @@ class Student(nn.Module):
 
     def compile_blocks(self) -> None:
         """Run the blocks through torch.compile from now on: whole, and for fixed shapes."""
-        self._run_block = torch.compile(_block, fullgraph=True, dynamic=False)
+        compiled = torch.compile(_block, fullgraph=True, dynamic=False)
+        for block in self.blocks:
+            block.run = compiled
         self.compiled = True
+
+    def recompute_blocks(self) -> None:
+        """Keep only the blocks' inputs for the backward pass from now on (arXiv 1604.06174)."""
+        for block in self.blocks:
+            block.recompute = True
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
@@ -161,12 +166,8 @@ class Student(nn.Module):
         bias_HNN = shared_bias(self.rel_pos_bias, self.impl)
         for number, block in enumerate(self.blocks):
             scale_SB = None if drop_scale_LSB is None else drop_scale_LSB[number]
-            given = (block, x_BND, bias_HNN, scale_SB, self.impl, index_BM if number == len(self.blocks) - 1 else None)
-            if self.recompute and torch.is_grad_enabled():
-                # A block draws no random numbers, so there is no state to put back.
-                x_BND = checkpoint(self._run_block, *given, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BND = self._run_block(*given)
+            last = number == len(self.blocks) - 1
+            x_BND = block(x_BND, bias_HNN, scale_SB, self.impl, index_BM if last else None)
         return x_BND
 
     def _init_weights(self) -> None:
@@ -185,6 +186,32 @@ class Student(nn.Module):
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=1):
                 _rescale(block, math.sqrt(2 * number))
+
+
+class Block(nn.Module):
+    """The parts of timm's BEiT block under timm's names, computed by `_block`.
+
+    A module that is called, so that whoever hangs on a block's call (sharding gathers its weights there) finds one.
+
+    Attributes:
+        recompute: keep the inputs alone for the backward pass.
+        run: `_block`, as it is or compiled.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.gamma_1, self.gamma_2 = block.gamma_1, block.gamma_2
+        self.recompute = False
+        self.run: Callable[..., Tensor] = _block
+
+    def forward(self, *arguments: Any) -> Tensor:
+        """`_block` of this block and `arguments`."""
+        if self.recompute and torch.is_grad_enabled():
+            # A block draws no random numbers, so there is no state to put back.
+            out: Tensor = checkpoint(self.run, self, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return self.run(self, *arguments)
 
 
 def patch_size_of(name: str) -> int:

@@ -24,6 +24,7 @@ from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from mvp_fast.train.parts import Parts, read_part
 from mvp_fast.train.resume import check_plan, check_settings, check_teacher
+from mvp_fast.train.sharding import check_optimizer, gather, shard
 from mvp_fast.train.step import TrainStep
 from mvp_fast.train.telemetry import Interval
 from mvp_kernels import dispatch, registry
@@ -64,7 +65,10 @@ class Run:
         return {parameter: name for name, parameter in self.student.named_parameters()}
 
     def checkpoint_parts(self) -> Parts:
-        """The tensors that a checkpoint holds, in named parts. Every rank must call this: it takes a mean over them."""
+        """The tensors that a checkpoint holds, whole, in named parts; on rank 0.
+
+        Every rank must call this: it takes a mean over them, and gathers what is spread over them.
+        """
         parts = {
             "student": self.student.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameter_names()),
@@ -72,7 +76,7 @@ class Run:
         }
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()
-        return parts
+        return {name: gather(tensors, keep=self.ranks.is_main) for name, tensors in parts.items()}
 
     def all_replaced(self) -> Tensor:
         """`replaced` over all ranks, int64 (), on the host. Every rank must call this."""
@@ -99,6 +103,8 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         EnvironmentProblem: a kernel implementation was asked for that this machine can't run.
     """
     _check_kernels(config, ranks.device)
+    if ranks.shares(config.train):
+        check_optimizer(config.optim.name)
     state = read_state(checkpoint) if checkpoint else None  # cheap, and may end the attempt before models are built
     index = open_index(config)
     plan = SamplePlan(
@@ -127,15 +133,21 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         image_size=config.data.image_size,
         seed=config.seed,
         impl=config.kernels.impl,
-    ).to(ranks.device)
+    )
     teacher.to(ranks.device)
-    set_up_models(student, teacher, config)
+    set_up_models(student, teacher, config, ranks.device)
     if state is not None and checkpoint is not None:
         check_teacher(state, config, teacher.fingerprint, checkpoint)
-    ema = _build_ema(student, config)
+    ema = _build_ema(student, config)  # a copy of the weights, so before they are spread
+    for model in (student,) if ema is None else (student, ema.module):
+        if ranks.shares(config.train):
+            shard(model, ranks, bf16=config.train.precision == "bf16")
+        else:
+            model.to(ranks.device)
+    forward = student if ranks.shares(config.train) else ranks.wrap(student)
     optimizer = build_optimizer(student, config.optim)
     objective = Objective(config.objective, impl=config.kernels.impl)
-    step = TrainStep(student, ranks.wrap(student), teacher, objective, optimizer, config, ranks.device)
+    step = TrainStep(student, forward, teacher, objective, optimizer, config, ranks.device)
     total = config.train.steps or max(1, round(config.train.epochs * len(index) / config.train.batch_size))
     run = Run(config, ranks, plan, student, ema, teacher, optimizer, step, total, changed)
     if checkpoint is not None and state is not None:
@@ -143,13 +155,13 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
     return run
 
 
-def set_up_models(student: Student, teacher: Teacher, config: Config) -> None:
-    """Put into effect how the models run where they are: types, compiler, memory for the backward pass.
+def set_up_models(student: Student, teacher: Teacher, config: Config, device: torch.device) -> None:
+    """Put into effect how the models run on a device: types, compiler, memory for the backward pass.
 
     The weights that a checkpoint holds stay float32.
     """
-    device = student.cls_token.device
-    student.recompute = config.train.recompute
+    if config.train.recompute:
+        student.recompute_blocks()
     if config.train.compile == "blocks" or (config.train.compile == "auto" and device.type == "cuda"):
         student.compile_blocks()
     dtype = teacher_dtype(config.teacher.precision, config.train.precision, device)

@@ -10,8 +10,8 @@
         .step-00002000.partial/         being written, or left by a crash; never read, removed at the next start
         superseded-step-00003000/       of a course that the run left when it went on from an earlier step
 
-The tensors go through torch.distributed.checkpoint with its safetensors storage. Under DDP every rank holds the same
-values, so rank 0 alone writes.
+The tensors go through torch.distributed.checkpoint with its safetensors storage. They are whole, whatever
+train.sharding is, and rank 0 alone writes them: so any number of ranks can go on, sharded or not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.models.student import Student
 from mvp_fast.train.parts import Parts, read_part, sync, write_part
+from mvp_fast.train.sharding import shard_like
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"step", "config", "plan", "teacher", "target_width", "total_steps", "skipped"})
@@ -201,7 +202,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: torch.nn.Module, path: Path, part: str) -> None:
-    """Load a part into `model`, name by name.
+    """Load a part into `model`, name by name; a sharded one takes its part of each tensor.
 
     Raises:
         DataError: the checkpoint is of another model; says which weights differ.
@@ -219,7 +220,7 @@ def load_weights(model: torch.nn.Module, path: Path, part: str) -> None:
             where=str(path / part),
             fix="Give the student.* settings that the checkpoint was trained with, or another checkpoint",
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: shard_like(tensors[name], tensor) for name, tensor in own.items()})
 
 
 def load_student(run: Path, checkpoint: str = "latest", ema: bool = False) -> tuple[Student, Config, int]:

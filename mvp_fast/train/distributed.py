@@ -71,6 +71,10 @@ class Ranks:
         """Wait for all ranks."""
         self.agree(0)
 
+    def shares(self, train: TrainConfig) -> bool:
+        """Whether the ranks hold a part of the student each; one rank has nobody to share with."""
+        return train.sharding == "full" and self.world > 1
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call: `model`, in DistributedDataParallel where there are several ranks."""
         if self.world == 1:

@@ -23,6 +23,7 @@ from mvp_fast.train.checkpoint import Checkpointer
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.guards import NonFiniteGuard, StopRequest
 from mvp_fast.train.optim import learning_rate, set_learning_rate
+from mvp_fast.train.pace import Pace
 from mvp_fast.train.run_folder import describe_environment, prepare_folder, resume_point
 from mvp_fast.train.sinks import check_sinks, open_sinks
 from mvp_fast.train.telemetry import Display
@@ -107,6 +108,8 @@ class _Loop:
     def __init__(self, run: Run, folder: Path, display: Display, stop: StopRequest) -> None:
         self.parts, self.folder, self.display, self.stop = run, folder, display, stop
         self.last_loss: float | None = None
+        self.pace = Pace(run.ranks, sharded=run.step.sharded)
+        run.step.stage = self.pace.recorder(run.step.stage)
         self.open = contextlib.ExitStack()  # what must be closed, even where opening the next thing fails
         with contextlib.ExitStack() as opened:
             opened.callback(display.close)
@@ -139,6 +142,7 @@ class _Loop:
         try:
             batches = iter(self.prefetcher)
             run.interval.restart_clock(self.prefetcher.wait_seconds)
+            self.pace.restart(self.prefetcher.wait_seconds)
             begun, since = run.steps_done, self._clock()
             while run.steps_done < run.total_steps:
                 batch = self._next_batch(batches)
@@ -168,7 +172,7 @@ class _Loop:
             event, failure = Event.DATA_FAILED, error
         if self.stop.requested:
             event = max(event, Event.STOP)
-        agreed = Event(self.parts.ranks.agree(event))
+        agreed = Event(self.pace.agree(event))
         if agreed is Event.GO_ON and batch is not None:
             return batch
         self._save()
@@ -192,7 +196,9 @@ class _Loop:
         set_learning_rate(run.optimizer, rate)
         self.rate = rate
         more = run.step.ahead and run.steps_done + 1 < run.total_steps
-        run.interval.add(run.step(batch, self.prefetcher.peek() if more else None))
+        following = self.prefetcher.peek() if more else None
+        with self.pace.step():
+            run.interval.add(run.step(batch, following))
         run.steps_done += 1
         run.replaced += int((batch.rows.attempt_B > 0).sum())
         if run.ema is not None:
@@ -200,7 +206,7 @@ class _Loop:
 
     def _log(self) -> None:
         run = self.parts
-        first = run.steps_done - len(run.interval)
+        first, timed = run.steps_done - len(run.interval), run.interval.timed_steps
         metrics, skipped = run.interval.read(run.ranks, run.config.train.batch_size, self.prefetcher.wait_seconds)
         metrics = {
             "step": run.steps_done,
@@ -209,6 +215,7 @@ class _Loop:
             "epoch": run.steps_done * run.config.train.batch_size / len(run.plan.index),
             "skipped_updates": len(skipped),
             "bad_samples": int(run.all_replaced()),
+            **self.pace.read(timed * run.plan.local_batch_size, self.prefetcher.wait_seconds),
         }
         if run.ranks.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -222,6 +229,7 @@ class _Loop:
     def _save(self) -> None:
         """Called by all ranks at the same step: what they measured differs, and the checkpoint holds the mean."""
         run = self.parts
+        self.pace.pause()
         parts = run.checkpoint_parts()
         if run.ranks.is_main:
             self.checkpointer.save(run.steps_done, parts, run.checkpoint_state())
@@ -261,6 +269,7 @@ def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
         f" {_how_targets_are_made(run)}",
         f"data      {len(run.plan.index):,} images, {loader}, {config.data.interpolation},"
         f" batch {config.train.batch_size}",
+        *_sharding(run),
         f"kernels   {kernels}",
         f"run       {run.total_steps:,} steps in {config.run.dir}",
     ]
@@ -277,3 +286,10 @@ def _how_targets_are_made(run: Run) -> str:
     on_gpu = run.ranks.device.type == "cuda"
     how = "CUDA graph" if on_gpu and teacher.graph else "eager"
     return f"{precision}, {how}{', one batch ahead' if run.step.ahead else ''}"
+
+
+def _sharding(run: Run) -> list[str]:
+    ranks, train = run.ranks, run.config.train
+    if run.step.sharded:
+        return [f"sharding  full: weights, gradients and optimizer state in {ranks.world} parts"]
+    return ["sharding  full has no effect: there is one rank"] if train.sharding == "full" else []

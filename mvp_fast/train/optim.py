@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mvp_fast.config.schema import OptimConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.train import apex
+from mvp_fast.train.sharding import local_part, shard_like
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
@@ -111,7 +112,7 @@ def apply_update(optimizer: torch.optim.Optimizer, finite: Tensor, grad_scale: T
     elif bool(finite):
         if grad_scale is not None:
             held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(held, grad_scale)
+            torch._foreach_div_([local_part(gradient) for gradient in held], grad_scale)
         optimizer.step()
 
 
@@ -130,6 +131,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
 
     Args:
         names: the name of each parameter.
+
+    Returns:
+        The tensors; this rank's parts of those that are spread over the ranks as the parameters are.
     """
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
@@ -145,7 +149,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` returned; scalars that were Python numbers come back as Python numbers."""
+    """Put back what `optimizer_tensors` returned, whole; scalars that were Python numbers come back as such."""
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, _, parameter = name.partition(".")
@@ -163,6 +167,7 @@ def load_optimizer_tensors(
         for key, tensor in by_parameter.get(name, {}).items():
             # torch keeps `step` on the host unless the update is fused, where it lies beside the weights
             stays = key == "step" and not fused
-            state[key] = tensor.to("cpu" if stays else parameter.device, copy=True)
+            tensor = tensor.to("cpu" if stays else parameter.device, copy=True)
+            state[key] = shard_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
         if state:
             optimizer.state[parameter] = state

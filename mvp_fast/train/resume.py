@@ -20,6 +20,7 @@ _FREE = (
     *("teacher.name", "teacher.pretrained", "teacher.seed"),  # its fingerprint tells
     *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
+    "train.sharding",
 )
 _KEPT = ("objective.", "optim.name")
 # What plans were before they could be otherwise; see SamplePlan.state.

@@ -22,6 +22,7 @@ from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
 from mvp_fast.train.inputs import InputMaker, Inputs
 from mvp_fast.train.optim import apply_update, clear_gradients, clip_scale
+from mvp_fast.train.sharding import is_sharded, norm_of_shards, sync_gradients
 from mvp_fast.train.stages import StageRecorder, unrecorded
 
 
@@ -71,6 +72,7 @@ class TrainStep:
         self.objective, self.optimizer, self.config, self.device = objective, optimizer, config, device
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.autocast = config.train.precision == "bf16"
+        self.sharded = is_sharded(student)
         self.ahead = device.type == "cuda" and config.teacher.ahead
         self.inputs = InputMaker(
             student,
@@ -124,7 +126,8 @@ class TrainStep:
                     (part_loss * factor).backward()
             loss += part_loss.detach() / parts
         with self.stage("clip"):
-            grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            grad_norm = norm_of_shards(gradients) if self.sharded else nn.utils.get_total_norm(gradients)
             grad_scale = clip_scale(grad_norm, self.config.optim.clip_grad)
         with self.stage("optimizer"):
             finite = torch.isfinite(grad_norm)
@@ -156,6 +159,8 @@ class TrainStep:
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Ranks average their gradients in the last micro-batch only."""
+        if self.sharded:
+            sync_gradients(self.student, last=last)
         if not last and isinstance(self.forward, nn.parallel.DistributedDataParallel):
             return self.forward.no_sync()
         return contextlib.nullcontext()

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 
 from mvp_fast.train.distributed import Ranks
+from mvp_fast.train.pace import in_words
 from mvp_fast.train.sinks import Metrics
 from mvp_fast.train.step import StepResult
 
@@ -27,6 +28,11 @@ class Interval:
 
     def __len__(self) -> int:
         return len(self._results)
+
+    @property
+    def timed_steps(self) -> int:
+        """Steps since the clock was started; steps of before a resume are in the results alone."""
+        return self._timed_steps
 
     def restart_clock(self, wait_seconds: float) -> None:
         """Begin to measure time now; `wait_seconds` is the loader's total so far."""
@@ -124,6 +130,8 @@ class Display:
             f"loss {loss}  {metrics['images_per_second']:.1f} images/s  lr {metrics['lr']:.2e}"
             f"  data wait {100 * metrics['data_wait']:.0f} %"
         )
+        if straggler := in_words(metrics):
+            line += f"  {straggler}"
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics["step"], line=line)
             return
