@@ -1,6 +1,6 @@
 """Tries `mvp-fast bench --against` on what is known: a revision against itself, and against planted slowdowns of 15 %.
 
-    python benchmarks/self_check.py [--comparisons 20] [--seconds 5] [--out FILE]
+    python benchmarks/self_check.py [--comparisons 20] [--seconds 5] [--planted-seconds 20] [--out FILE]
 
 In a temporary repository made of the working tree's sources, with the three benchmarks of self_check_cases.py. A
 revision against itself must give no alarm in any comparison. Each slowdown is one commit: the function does 15 % more
@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comparisons", type=int, default=20, help="of a revision with itself")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of rounds for each benchmark")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of rounds a benchmark, of a revision with itself")
+    parser.add_argument("--planted-seconds", type=float, default=20.0, help="the same where a slowdown is to be found")
     parser.add_argument("--out", type=Path, help="the JSON file; its name says device, date and commit where missing")
     options = parser.parse_args(argv)
     selves: list[dict[str, Any]] = []
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, each in PLANTS.items():
             plant(repo, each)
             commit(repo, name)
-            planted[name] = compare(repo, "HEAD~1", options.seconds, out)
+            planted[name] = compare(repo, "HEAD~1", options.planted_seconds, out)
             print(row(f"{name} +{SHARE:.0%}", found(planted[name], each), planted[name]), flush=True)
             git(repo, "reset", "--quiet", "--hard", "HEAD~1")
     quiet = sum(each["exit_code"] == 0 for each in selves)
@@ -180,10 +181,10 @@ def _write(options: argparse.Namespace, documents: Sequence[Mapping[str, Any]], 
     path = options.out or where
     about = {"schema": SCHEMA, "kind": "self-check", "date": now.isoformat(timespec="seconds"), "commit": head}
     about["dirty"] = bool(git(REPO, "status", "--porcelain", "--", ".", ":!benchmarks/results"))
-    settings = {"comparisons": options.comparisons, "seconds": options.seconds, "share": SHARE}
+    settings = {name: vars(options)[name] for name in ("comparisons", "seconds", "planted_seconds")}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({**about, "settings": settings, **content}, indent=1) + "\n")
+    beside.write_text(json.dumps({**about, "settings": {**settings, "share": SHARE}, **content}, indent=1) + "\n")
     beside.replace(path)
     print(f"written: {path}")
 

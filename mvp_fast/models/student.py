@@ -93,12 +93,14 @@ class Student(nn.Module):
         """Run the blocks through torch.compile from now on: whole, and for fixed shapes."""
         compiled = torch.compile(_block, fullgraph=True, dynamic=False)
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.run = compiled
         self.compiled = True
 
     def recompute_blocks(self) -> None:
         """Keep only the blocks' inputs for the backward pass from now on (arXiv 1604.06174)."""
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.recompute = True
 
     @property
