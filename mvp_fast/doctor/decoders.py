@@ -84,9 +84,10 @@ def _nvimgcodec() -> Row:
     from mvp_fast.samples.plan import PlanRows
 
     data, expected_HWC = small_jpeg(SIDE, SIDE)
-    zero_B, box_4 = np.zeros(1, np.int64), (16, 32, 128, 96)
-    boxes = [np.array([value], np.int32) for value in box_4]
-    rows = PlanRows(zero_B, zero_B, zero_B, *boxes, zero_B > 0, np.zeros((1, 1), bool), zero_B.astype(np.int32))
+    zero_B = np.zeros(1, np.int64)
+    x_B, y_B, width_B, height_B = (np.array([value], np.int32) for value in (16, 32, 128, 96))
+    unmasked_BN, first_B = np.zeros((1, 1), np.bool_), zero_B.astype(np.int32)
+    rows = PlanRows(zero_B, zero_B, zero_B, x_B, y_B, width_B, height_B, zero_B > 0, unmasked_BN, first_B)
     image_HWC = RegionCropper().decode(data, rows)
     if image_HWC is None:
         raise RuntimeError("it refuses a small JPEG")

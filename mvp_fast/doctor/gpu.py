@@ -66,7 +66,7 @@ def _seen() -> Row:
     if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):
         words = f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}"
         return Row("GPU", State.NOTE, words, "training at a useful speed", "unset CUDA_VISIBLE_DEVICES")
-    if not (query(("index",)) or list(Path("/dev").glob("nvidia[0-9]*"))):
+    if not query(("index",)) and not any(Path("/dev").glob("nvidia[0-9]*")):
         fix = "an NVIDIA GPU of compute capability 8.0 or newer; in a container, start it with --gpus all"
         return Row("GPU", State.MISSING, "none", "training at a useful speed: the CPU is for trying things out", fix)
     try:

@@ -74,7 +74,7 @@ def judge(rows: list[Row]) -> Report:
 
 def _needed_here(found: dict[str, Row]) -> set[str]:
     """A GPU that torch can't use is a fault; `auto` takes DALI and Triton on a GPU, nvImageCodec elsewhere."""
-    needed = {part for part in ("GPU", "driver") if part in found and found[part].state is State.BROKEN}
+    needed: set[str] = {part for part in ("GPU", "driver") if part in found and found[part].state is State.BROKEN}
     torch = found.get("torch")
     if torch is None or not torch.works:
         return needed
