@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -14,26 +12,17 @@ import torch
 from mvp_fast.config.schema import Config
 from mvp_fast.errors import DataError, EnvironmentProblem, Preempted
 from mvp_fast.loaders.base import Batch
-from mvp_fast.loaders.prefetch import Prefetcher
 from mvp_fast.loaders.registry import describe
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train.build import Run, build_loader, build_run
 from mvp_fast.train.checkpoint import Checkpointer
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.guards import NonFiniteGuard, StopRequest
-from mvp_fast.train.optim import learning_rate, set_learning_rate
 from mvp_fast.train.run_folder import describe_environment, prepare_folder, resume_point
 from mvp_fast.train.sinks import check_sinks, open_sinks
+from mvp_fast.train.stepping import Event, Stepping
 from mvp_fast.train.telemetry import Display
 from mvp_kernels import dispatch
-
-
-class Event(IntEnum):
-    """What the ranks agree on before each step; the greatest of their answers holds for all."""
-
-    GO_ON = 0
-    STOP = 1
-    DATA_FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ def _train(config: Config, ranks: Ranks, stop: StopRequest) -> Outcome:
         prepare_folder(config, environment)
     ranks.barrier()
     display = Display(run.total_steps, run.steps_done, active=ranks.is_main)
-    display.say(_header(run, environment["kernels"], checkpoint))
+    display.say(header(run, environment["kernels"], checkpoint))
     if run.steps_done >= run.total_steps:
         display.close()
         return Outcome(folder, run.steps_done, 0.0, 0.0, None, 0)
@@ -130,18 +119,16 @@ class _Loop:
         name = "bad_samples.jsonl" if ranks.world == 1 else f"bad_samples.rank{ranks.rank}.jsonl"
         self.loader = build_loader(run, folder / name)
         opened.callback(self.loader.close)
-        self.prefetcher = Prefetcher(self.loader, run.plan, run.steps_done, ranks.device, config.data.prefetch)
-        opened.callback(self.prefetcher.close)
+        self.stepping = Stepping(run, self.loader, self.stop)
+        opened.callback(self.stepping.close)
 
     def run(self) -> Outcome:
         run, train = self.parts, self.parts.config.train
         try:
-            batches = iter(self.prefetcher)
-            run.interval.restart_clock(self.prefetcher.wait_seconds)
+            run.interval.restart_clock(self.stepping.prefetcher.wait_seconds)
             begun, since = run.steps_done, self._clock()
             while run.steps_done < run.total_steps:
-                batch = self._next_batch(batches)
-                self._step(batch)
+                self.stepping.step(self._next_batch())
                 done = run.steps_done
                 self.display.advance(done)
                 if done % train.log_every == 0 or done == run.total_steps:
@@ -158,16 +145,9 @@ class _Loop:
         finally:
             self.open.close()
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+    def _next_batch(self) -> Batch:
         """The next batch, or one of the agreed ends: all ranks save the same state before any of them leaves."""
-        event, failure, batch = Event.GO_ON, None, None
-        try:
-            batch = next(batches)
-        except (DataError, OSError) as error:  # also what the machine refuses, such as another open file
-            event, failure = Event.DATA_FAILED, error
-        if self.stop.requested:
-            event = max(event, Event.STOP)
-        agreed = Event(self.parts.ranks.agree(event))
+        agreed, batch, failure = self.stepping.next_batch()
         if agreed is Event.GO_ON and batch is not None:
             return batch
         self._save()
@@ -185,25 +165,14 @@ class _Loop:
             fix="The same command with --resume auto goes on from there",
         )
 
-    def _step(self, batch: Batch) -> None:
-        run = self.parts
-        rate = learning_rate(run.steps_done, run.total_steps, run.config.optim, run.config.train.batch_size)
-        set_learning_rate(run.optimizer, rate)
-        self.rate = rate
-        run.interval.add(run.step(batch))
-        run.steps_done += 1
-        run.replaced += int((batch.rows.attempt_B > 0).sum())
-        if run.ema is not None:
-            run.ema.update(run.student, step=run.steps_done)
-
     def _log(self) -> None:
         run = self.parts
-        first = run.steps_done - len(run.interval)
-        metrics, skipped = run.interval.read(run.ranks, run.config.train.batch_size, self.prefetcher.wait_seconds)
+        first, wait_seconds = run.steps_done - len(run.interval), self.stepping.prefetcher.wait_seconds
+        metrics, skipped = run.interval.read(run.ranks, run.config.train.batch_size, wait_seconds)
         metrics = {
             "step": run.steps_done,
             **metrics,
-            "lr": self.rate,
+            "lr": self.stepping.rate,
             "epoch": run.steps_done * run.config.train.batch_size / len(run.plan.index),
             "skipped_updates": len(skipped),
             "bad_samples": int(run.all_replaced()),
@@ -231,7 +200,7 @@ class _Loop:
         """
         if self.parts.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        return self.parts.steps_done, time.perf_counter(), self.prefetcher.wait_seconds
+        return self.parts.steps_done, time.perf_counter(), self.stepping.prefetcher.wait_seconds
 
 
 def _whole_plan(run: Run) -> SamplePlan:
@@ -247,7 +216,8 @@ def _whole_plan(run: Run) -> SamplePlan:
     )
 
 
-def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
+def header(run: Run, kernels: str, checkpoint: Path | None) -> str:
+    """What runs, in a few lines."""
     config, ranks = run.config, run.ranks
     weights = sum(p.numel() for p in run.student.parameters()) / 1e6
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
