@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -102,29 +103,33 @@ def test_a_stage_that_is_slow_is_the_one_that_shows_it(
     assert real.step >= 0.25
 
 
-def test_a_slow_loader_shows_as_waiting_and_as_headroom(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half a second a batch is more than a step takes; resident batches show what is lost."""
+def test_a_slow_loader_shows_as_waiting(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch is begun when the step before it has ended, and takes half a second; resident batches are at hand."""
     from mvp_fast.loaders.torchvision import TorchvisionLoader
 
-    batches = TorchvisionLoader.batches
+    batches, call, ended = TorchvisionLoader.batches, TrainStep.__call__, threading.Semaphore(1)
 
     def slow(self: Any, *given: Any) -> Any:
         for batch in batches(self, *given):
+            ended.acquire(timeout=60)
             time.sleep(0.5)
             yield batch
 
+    def step(self: TrainStep, batch: Any) -> Any:
+        result = call(self, batch)
+        ended.release()
+        return result
+
     monkeypatch.setattr(TorchvisionLoader, "batches", slow)
+    monkeypatch.setattr(TrainStep, "__call__", step)
     taken = taken_of(config_of(scenes, tmp_path), 3)
-    real, resident = taken.stretches["real"], taken.stretches["synthetic"]
-    assert real.step >= 0.45
+    real = taken.stretches["real"]
+    assert real.critical["data wait"] > 0.25  # the host's own work after a step is taken off
     assert real.busy["load"] >= 0.5
-    assert real.critical["data wait"] > resident.critical["data wait"]
     assert "load" not in real.critical  # it is beside the step, not in it
     assert LOADER_TRACK in taken.real.tracks
-    assert real.loader["decode"]["items"] > 0
-    assert resident.step < real.step
+    assert taken.synthetic is not None
+    assert {"data wait", "load"} & set(taken.stretches["synthetic"].busy) == {"data wait", "load"}
 
 
 def test_the_steps_are_the_loops_own(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,8 @@ def rate_chart(lines: Sequence[Line]) -> str:
         body.append(f'<text class="tick" x="{x:.1f}" y="{height + 20}">{tick:g} s</text>')
     placed: list[float] = []
     for line in lines:
-        path, before = [], 0.0
+        path: list[str] = []
+        before = 0.0
         for seconds, rate in line.points:
             y = height - rate * y_scale
             path.append(f"{'L' if path else 'M'}{left + before * x_scale:.1f} {y:.1f}H{left + seconds * x_scale:.1f}")

@@ -13,6 +13,7 @@ Legend: T tokens with CLS, N patches, D width, F hidden width of the MLP, P pixe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ def _linear(rows: int, inputs: int, outputs: int, size: int) -> Work:
 
 def student_tower(student: Student) -> Tower:
     """The student's sizes."""
-    block = next(iter(student.blocks))
+    block: Any = student.blocks[0]
     hidden = block.mlp.fc1.out_features
     proj = student.patch_embed.proj
     return Tower(

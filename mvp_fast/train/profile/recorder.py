@@ -122,7 +122,7 @@ class Recorder:
     def _on_host_clock(self, event: torch.cuda.Event) -> float:
         host, anchor = self._anchor
         assert anchor is not None
-        return host + anchor.elapsed_time(event) / 1e3
+        return host + float(anchor.elapsed_time(event)) / 1e3
 
     def _stream_names(self, records: list[_Record]) -> dict[int, str]:
         """The main stream is the one on which `begin` was called; the others are named after what runs on them."""
