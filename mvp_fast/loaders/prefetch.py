@@ -14,15 +14,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import TracebackType
+from typing import Literal
 
 import torch
 
 from mvp_fast.loaders.base import Batch, Loader
 from mvp_fast.samples.plan import SamplePlan
+
+THREAD = "mvp-prefetch"  # the thread's name
+# Told what the thread does, as it begins and ends: a batch is made, a batch is copied.
+Recorder = Callable[[Literal["load", "copy"]], AbstractContextManager[None]]
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Prefetcher:
@@ -37,21 +44,28 @@ class Prefetcher:
         start_step: first step.
         device: where the consumer wants the tensors.
         depth: batches ready and waiting, at most; one more may be in the thread's hands.
+        stage: told of each batch's making and copy, in the thread that does it.
 
     Attributes:
         wait_seconds: wall time that the consumer has spent waiting in `next` so far.
     """
 
     def __init__(
-        self, loader: Loader, plan: SamplePlan, start_step: int, device: torch.device | str, depth: int = 2
+        self,
+        loader: Loader,
+        plan: SamplePlan,
+        start_step: int,
+        device: torch.device | str,
+        depth: int = 2,
+        stage: Recorder = lambda stage: _NOTHING,
     ) -> None:
-        self.wait_seconds = 0.0
+        self.wait_seconds, self._stage = 0.0, stage
         self._loader, self._device, self._depth = loader, torch.device(device), max(1, depth)
         self._ready: deque[tuple[Batch, torch.cuda.Event | None]] = deque()
         self._changed = threading.Condition()
         self._stopped = self._finished = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, args=(plan, start_step), name="mvp-prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(plan, start_step), name=THREAD, daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Prefetcher:
@@ -109,7 +123,7 @@ class Prefetcher:
             batches = self._loader.batches(plan, start_step)
             try:
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
-                    for batch in batches:
+                    for batch in self._made(batches):
                         if not self._hand_over(*((batch, None) if stream is None else self._to_device(batch, stream))):
                             return
             finally:  # in this thread: a generator cannot be closed by another while it runs
@@ -121,6 +135,15 @@ class Prefetcher:
             with self._changed:
                 self._finished = True
                 self._changed.notify_all()
+
+    def _made(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with a stage around the making of each."""
+        while True:
+            with self._stage("load"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def _hand_over(self, batch: Batch, copied: torch.cuda.Event | None) -> bool:
         """Wait for room and leave the batch there; False where the consumer wants no more."""
@@ -134,7 +157,7 @@ class Prefetcher:
     def _to_device(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
         """The batch on the device, and the event after which it is all there."""
         start = time.perf_counter()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self._stage("copy"):
             images_BHWC, masked_BM = (self._copy(tensor) for tensor in (batch.images_BHWC, batch.masked_BM))
             copied = torch.cuda.Event()
             copied.record(stream)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 
 import torch
@@ -14,7 +12,6 @@ import torch
 from mvp_fast.config.schema import Config
 from mvp_fast.errors import DataError, EnvironmentProblem, Preempted
 from mvp_fast.loaders.base import Batch
-from mvp_fast.loaders.prefetch import Prefetcher
 from mvp_fast.loaders.registry import describe
 from mvp_fast.models.teacher import PRECISIONS
 from mvp_fast.samples.plan import SamplePlan
@@ -22,20 +19,12 @@ from mvp_fast.train.build import Run, build_loader, build_run
 from mvp_fast.train.checkpoint import Checkpointer
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.guards import NonFiniteGuard, StopRequest
-from mvp_fast.train.optim import learning_rate, set_learning_rate
 from mvp_fast.train.pace import Pace
 from mvp_fast.train.run_folder import describe_environment, prepare_folder, resume_point
 from mvp_fast.train.sinks import check_sinks, open_sinks
+from mvp_fast.train.stepping import Event, Stepping
 from mvp_fast.train.telemetry import Display
 from mvp_kernels import dispatch
-
-
-class Event(IntEnum):
-    """What the ranks agree on before each step; the greatest of their answers holds for all."""
-
-    GO_ON = 0
-    STOP = 1
-    DATA_FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ def _train(config: Config, ranks: Ranks, stop: StopRequest) -> Outcome:
         prepare_folder(config, environment)
     ranks.barrier()
     display = Display(run.total_steps, run.steps_done, active=ranks.is_main)
-    display.say(_header(run, environment["kernels"], checkpoint))
+    display.say(header(run, environment["kernels"], checkpoint))
     if run.steps_done >= run.total_steps:
         display.close()
         return Outcome(folder, run.steps_done, 0.0, 0.0, None, 0)
@@ -109,7 +98,6 @@ class _Loop:
         self.parts, self.folder, self.display, self.stop = run, folder, display, stop
         self.last_loss: float | None = None
         self.pace = Pace(run.ranks, sharded=run.step.sharded)
-        run.step.stage = self.pace.recorder(run.step.stage)
         self.open = contextlib.ExitStack()  # what must be closed, even where opening the next thing fails
         with contextlib.ExitStack() as opened:
             opened.callback(display.close)
@@ -134,19 +122,19 @@ class _Loop:
         name = "bad_samples.jsonl" if ranks.world == 1 else f"bad_samples.rank{ranks.rank}.jsonl"
         self.loader = build_loader(run, folder / name)
         opened.callback(self.loader.close)
-        self.prefetcher = Prefetcher(self.loader, run.plan, run.steps_done, ranks.device, config.data.prefetch)
-        opened.callback(self.prefetcher.close)
+        self.stepping = Stepping(run, self.loader, self.stop, self.pace)
+        opened.callback(self.stepping.close)
+        # From here on: what the prefetching thread does is no part of the step.
+        run.step.stage = self.pace.recorder(run.step.stage)
 
     def run(self) -> Outcome:
         run, train = self.parts, self.parts.config.train
         try:
-            batches = iter(self.prefetcher)
-            run.interval.restart_clock(self.prefetcher.wait_seconds)
-            self.pace.restart(self.prefetcher.wait_seconds)
+            run.interval.restart_clock(self.stepping.prefetcher.wait_seconds)
+            self.pace.restart(self.stepping.prefetcher.wait_seconds)
             begun, since = run.steps_done, self._clock()
             while run.steps_done < run.total_steps:
-                batch = self._next_batch(batches)
-                self._step(batch)
+                self.stepping.step(self._next_batch())
                 done = run.steps_done
                 self.display.advance(done)
                 if done % train.log_every == 0 or done == run.total_steps:
@@ -163,16 +151,9 @@ class _Loop:
         finally:
             self.open.close()
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+    def _next_batch(self) -> Batch:
         """The next batch, or one of the agreed ends: all ranks save the same state before any of them leaves."""
-        event, failure, batch = Event.GO_ON, None, None
-        try:
-            batch = next(batches)
-        except (DataError, OSError) as error:  # also what the machine refuses, such as another open file
-            event, failure = Event.DATA_FAILED, error
-        if self.stop.requested:
-            event = max(event, Event.STOP)
-        agreed = Event(self.pace.agree(event))
+        agreed, batch, failure = self.stepping.next_batch()
         if agreed is Event.GO_ON and batch is not None:
             return batch
         self._save()
@@ -190,32 +171,19 @@ class _Loop:
             fix="The same command with --resume auto goes on from there",
         )
 
-    def _step(self, batch: Batch) -> None:
-        run = self.parts
-        rate = learning_rate(run.steps_done, run.total_steps, run.config.optim, run.config.train.batch_size)
-        set_learning_rate(run.optimizer, rate)
-        self.rate = rate
-        more = run.step.ahead and run.steps_done + 1 < run.total_steps
-        following = self.prefetcher.peek() if more else None
-        with self.pace.step():
-            run.interval.add(run.step(batch, following))
-        run.steps_done += 1
-        run.replaced += int((batch.rows.attempt_B > 0).sum())
-        if run.ema is not None:
-            run.ema.update(run.student, step=run.steps_done)
-
     def _log(self) -> None:
         run = self.parts
         first, timed = run.steps_done - len(run.interval), run.interval.timed_steps
-        metrics, skipped = run.interval.read(run.ranks, run.config.train.batch_size, self.prefetcher.wait_seconds)
+        wait_seconds = self.stepping.prefetcher.wait_seconds
+        metrics, skipped = run.interval.read(run.ranks, run.config.train.batch_size, wait_seconds)
         metrics = {
             "step": run.steps_done,
             **metrics,
-            "lr": self.rate,
+            "lr": self.stepping.rate,
             "epoch": run.steps_done * run.config.train.batch_size / len(run.plan.index),
             "skipped_updates": len(skipped),
             "bad_samples": int(run.all_replaced()),
-            **self.pace.read(timed * run.plan.local_batch_size, self.prefetcher.wait_seconds),
+            **self.pace.read(timed * run.plan.local_batch_size, wait_seconds),
         }
         if run.ranks.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -241,7 +209,7 @@ class _Loop:
         """
         if self.parts.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        return self.parts.steps_done, time.perf_counter(), self.prefetcher.wait_seconds
+        return self.parts.steps_done, time.perf_counter(), self.stepping.prefetcher.wait_seconds
 
 
 def _whole_plan(run: Run) -> SamplePlan:
@@ -257,7 +225,8 @@ def _whole_plan(run: Run) -> SamplePlan:
     )
 
 
-def _header(run: Run, kernels: str, checkpoint: Path | None) -> str:
+def header(run: Run, kernels: str, checkpoint: Path | None) -> str:
+    """What runs, in a few lines."""
     config, ranks = run.config, run.ranks
     weights = sum(p.numel() for p in run.student.parameters()) / 1e6
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"

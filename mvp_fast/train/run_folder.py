@@ -8,6 +8,7 @@ RUN/
     nonfinite.jsonl       skipped updates and their samples              (only where there were some)
     tensorboard/
     checkpoints/step-XXXXXXXX/
+    profile/              what `mvp-fast train --profile` found; see profile/session.py
     export/
 """
 

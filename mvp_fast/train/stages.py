@@ -1,5 +1,7 @@
 """The stages of a training step, by name: where the step says what it is doing, for those who measure it.
 
+`load` is a batch being made, on the loader's thread; `host` is what the others leave over of a step's time.
+
 A recorder is called with a stage's name and returns a context manager around it; `unrecorded` costs next to nothing.
 """
 
@@ -10,7 +12,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 Stage = Literal[
-    "data wait", "copy", "patchify", "teacher", "student forward", "loss", "backward", "clip", "optimizer", "host"
+    "load",
+    "data wait",
+    "copy",
+    "patchify",
+    "teacher",
+    "student forward",
+    "loss",
+    "backward",
+    "clip",
+    "optimizer",
+    "host",
 ]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 StageRecorder = Callable[[Stage], AbstractContextManager[None]]
