@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mvp_fast.train.build import Run
-from mvp_fast.train.profile.operations import local
+from mvp_fast.train.sharding import local_part
 
 # Of allocations in a snapshot; the oldest make room. A step of a large model has some ten thousand.
 SNAPSHOT_ENTRIES = 200_000
@@ -32,7 +32,7 @@ def resident(run: Run) -> dict[str, int]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     # Two names of one tensor count once.
-    each = {id(tensor): local(tensor) for tensor in tensors}.values()
+    each = {id(tensor): local_part(tensor) for tensor in tensors}.values()
     return sum(tensor.numel() * tensor.element_size() for tensor in each)
 
 

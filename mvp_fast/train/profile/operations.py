@@ -15,11 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
 from mvp_fast.models.student import Student
 from mvp_fast.models.teacher import Teacher
 from mvp_fast.train.build import Run
+from mvp_fast.train.sharding import local_part
 
 # Of Adam (arXiv 1412.6980) with decoupled decay, a weight: 3 for each average, one square, root, shift, two
 # corrections, quotient, step, decay.
@@ -122,7 +121,7 @@ def operations(run: Run) -> dict[str, Work]:
     values = images * (student.patches * student.patch_values + teacher.patches * teacher.patch_values)
     pixels = 3 * images * config.data.image_size**2
     weights = [parameter for parameter in run.student.parameters() if parameter.requires_grad]
-    count = sum(local(weight).numel() for weight in weights)
+    count = sum(local_part(weight).numel() for weight in weights)
     found = {
         "patchify": Work(2 * values, pixels + size * values),
         "teacher": teacher.forward(images, size),
@@ -141,9 +140,3 @@ def operations(run: Run) -> dict[str, Work]:
 def products(work: dict[str, Work]) -> float:
     """Operations of the matrix products alone, a step."""
     return sum(work[stage].flops for stage in ("teacher", "student forward", "backward"))
-
-
-def local(tensor: Tensor | nn.Parameter) -> Tensor:
-    """This rank's part of a tensor that is sharded over ranks; else the tensor."""
-    shard: Tensor = getattr(tensor, "to_local", lambda: tensor)()
-    return shard
