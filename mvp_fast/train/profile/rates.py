@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 # A few milliseconds each; on a CPU, tens of them.
-SIDE = {"cpu": 1024, "cuda": 8192}
+SIDE = {"cpu": 512, "cuda": 8192}
 BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
 LEAST_SIDE = 1024
 ROUNDS = 9
