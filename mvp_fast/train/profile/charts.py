@@ -32,21 +32,22 @@ def step_chart(timeline: Timeline, step: int) -> str:
     inside = timeline.within(step)
     rows += [(track, [span for span in inside if span.track == track]) for track in timeline.tracks]
     scale = (WIDTH - GUTTER - RIGHT) / (end - start)
-    body = []
+    lanes: list[str] = []  # behind
+    body: list[str] = []
     for number, (track, spans) in enumerate(rows):
         top = number * (ROW + GAP) + (10 if number else 0)
         emphasis = " strong" if number == 0 else ""
         body.append(f'<text class="label{emphasis}" x="{GUTTER - 12}" y="{top + ROW / 2 + 4}">{escape(track)}</text>')
-        body.append(f'<rect class="lane" x="{GUTTER}" y="{top}" width="{WIDTH - GUTTER - RIGHT}" height="{ROW}"/>')
+        lanes.append(f'<rect class="lane" x="{GUTTER}" y="{top}" width="{WIDTH - GUTTER - RIGHT}" height="{ROW}"/>')
         ordered = sorted(spans, key=lambda span: (span.start, -span.end))
         body += [_bar(span, start, end, scale, top) for span in ordered]
     bottom = len(rows) * (ROW + GAP) + 10
     for tick in ticks(0.0, 1e3 * (end - start), 8):
         x = GUTTER + tick / 1e3 * scale
-        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}"/>')
-        body.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}">{tick:g} ms</text>')
+        lanes.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}"/>')
+        lanes.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}">{tick:g} ms</text>')
     title = f"Step {step + 1}: {milliseconds(end - start)} ms"
-    return svg(WIDTH, bottom + 24, title, body)
+    return svg(WIDTH, bottom + 24, title, lanes + body)
 
 
 def _bar(span: Span, start: float, end: float, scale: float, top: float) -> str:
@@ -131,7 +132,7 @@ def roofline(points: Sequence[Point], matmul: dict[str, float], precision: str, 
 
     The roofline model: Williams, Waterman and Patterson, 2009 (doi 10.1145/1498765.1498785).
     """
-    height, top, left = 360, 16, 80
+    height, top, left = 372, 28, 80
     ridge = matmul[precision] / copy
     low_x = 10 ** math.floor(math.log10(min([point.intensity for point in points] + [ridge]) / 2))
     high_x = 10 ** math.ceil(math.log10(max([point.intensity for point in points] + [ridge]) * 2))
@@ -154,7 +155,7 @@ def roofline(points: Sequence[Point], matmul: dict[str, float], precision: str, 
     for power in range(round(math.log10(low_y)), round(math.log10(high_y)) + 1):
         y = y_of(10.0**power)
         body.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(f'<text class="label" x="{left - 10}" y="{y + 4:.1f}">{10.0**power / 1e12:g}</text>')
+        body.append(f'<text class="label" x="{left - 10}" y="{y + 4:.1f}">{10.0**power / 1e12:,g}</text>')
     for name, rate in matmul.items():
         kind = "roof" if name == precision else "roof other"
         begin = max(rate / copy, low_x)
@@ -170,7 +171,7 @@ def roofline(points: Sequence[Point], matmul: dict[str, float], precision: str, 
     body.append(f'<text class="tick" x="{x:.1f}" y="{y:.1f}" {turned}>copy, {figure(copy / 1e9)} GB/s</text>')
     body += _points(points, x_of, y_of)
     body.append(f'<text class="note" x="{left}" y="{height + 38}">operations a byte</text>')
-    body.append(f'<text class="note" x="0" y="{top - 4}">TFLOP/s</text>')
+    body.append(f'<text class="note" x="{left - 46}" y="11">TFLOP/s</text>')
     return svg(WIDTH, height + 44, "Roofline: reached rate over operations a byte", body)
 
 

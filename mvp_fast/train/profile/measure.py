@@ -162,7 +162,7 @@ class _Steps:
         self.recorder.begin()
         self.recorder.annotate = True
         try:
-            with torch.profiler.profile(activities=activities) as profile:
+            with torch.profiler.profile(activities=activities, acc_events=True) as profile:
                 self.recorder.mark()
                 for number in range(TRACED):
                     tell(f"step {number + 1} of {TRACED}")

@@ -129,7 +129,8 @@ def _stages(numbers: Numbers) -> str:
     rows = []
     for stage, busy, critical, part, resident, matmul, copy in stage_rows(numbers):
         width = 100 * numbers.real.share(stage)
-        bar = f'<td class="track"><span style="width:{width:.1f}%"></span></td>'
+        length = f'<span style="width:{width:.1f}%"></span>' if width else ""
+        bar = f'<td class="track">{length}</td>'
         cells = "".join(f"<td>{escape(text)}</td>" for text in (busy, critical, part))
         rest = "".join(f"<td>{escape(text)}</td>" for text in (resident, matmul, copy))
         rows.append(f'<tr class="{class_of(stage)}"><th><i></i>{escape(stage)}</th>{cells}{bar}{rest}</tr>')

@@ -144,7 +144,8 @@ def _told(limit: Limit, numbers: Numbers) -> tuple[str, list[str]]:
             why = f"The GPU waits for the host's launches {100 * _host_share(numbers):.0f} % of the step."
         return "The host limits", [f"{why} {rate}.", product]
     largest = max((s for s in real.critical if s != "host"), key=lambda stage: real.critical[stage])
-    data = f" Loading is not in the way: it reaches {reached}." if ceiling else ""
+    share = f"it reaches {reached}" if numbers.headroom >= 1 else "resident batches are no faster"
+    data = f" Loading is not in the way: {share}." if ceiling else ""
     return "The device's arithmetic limits", [
         f"{rate}; the step waits for data {waits:.0f} % of its time.{data}",
         f"{product} The largest stage is {largest}, {100 * real.share(largest):.0f} % of the step.",
