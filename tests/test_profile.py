@@ -115,8 +115,8 @@ def test_a_slow_loader_shows_as_waiting(scenes: Path, tmp_path: Path, monkeypatc
             time.sleep(0.5)
             yield batch
 
-    def step(self: TrainStep, batch: Any) -> Any:
-        result = call(self, batch)
+    def step(self: TrainStep, batch: Any, following: Any = None) -> Any:
+        result = call(self, batch, following)
         ended.release()
         return result
 
@@ -137,9 +137,9 @@ def test_the_steps_are_the_loops_own(scenes: Path, tmp_path: Path, monkeypatch: 
     seen: list[int] = []
     call = TrainStep.__call__
 
-    def counted(self: TrainStep, batch: Any) -> Any:
+    def counted(self: TrainStep, batch: Any, following: Any = None) -> Any:
         seen.append(batch.step)
-        return call(self, batch)
+        return call(self, batch, following)
 
     monkeypatch.setattr(TrainStep, "__call__", counted)
     config = config_of(scenes, tmp_path, train__ema_decay=0.9)
