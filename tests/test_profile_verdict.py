@@ -55,7 +55,7 @@ def test_a_queue_that_runs_dry_though_batches_are_made_fast_enough_is_lengthened
 
 
 def test_repeating_halves_what_decoding_takes_and_says_that_it_changes_the_training() -> None:
-    stages = {name: {"seconds": seconds, "items": 8} for name, seconds in (("read", 0.1), ("decode", 0.5))}
+    stages = {name: {"seconds": seconds, "items": 8} for name, seconds in (("read", 0.1), ("decode", 0.6))}
     stages["transform"] = {"seconds": 0.4, "items": 8}
     found = advice(judge(waiting(0.16, load=0.32, device="cpu", stages=stages)), "data.repeat")
     assert found.gain == pytest.approx(0.32 / (0.32 * 0.7))  # 60 % of the work, halved
@@ -63,12 +63,25 @@ def test_repeating_halves_what_decoding_takes_and_says_that_it_changes_the_train
 
 
 def test_loading_that_only_takes_cores_is_told_from_waiting() -> None:
-    real = stretch({stage: 1.5 * seconds for stage, seconds in STEADY.items()}, busy={"load": 0.1})
+    slower = {stage: 1.5 * seconds for stage, seconds in STEADY.items()}  # by 80 ms
+    work = {"decode": {"seconds": 0.1, "items": 8}, "transform": {"seconds": 0.04, "items": 8}}  # on two cores: 70 ms
+    real = stretch(slower, busy={"load": 0.01}, loader=work)
     verdict = judge(numbers(real, stretch(STEADY), "cpu", loader="torchvision"))
     assert verdict.limit == "cores"
     assert "takes the cores from the step" in verdict.headline
     assert "reaches 67 % of the 50 images/s" in verdict.text
     assert advice(verdict, "data.loader").gain == pytest.approx(1.5)
+    assert advice(verdict, "data.repeat").gain == pytest.approx(0.24 / (0.24 - 0.1 / 2 / 2))
+
+
+def test_a_difference_that_loading_does_not_explain_is_not_blamed_on_it() -> None:
+    slower = {stage: 1.5 * seconds for stage, seconds in STEADY.items()}
+    real = stretch(slower, busy={"load": 0.01}, loader={"decode": {"seconds": 0.01, "items": 8}})
+    verdict = judge(numbers(real, stretch(STEADY), "cpu"))
+    assert verdict.limit == "compute"
+    assert "which loading does not explain: it takes 10 ms of a core a step" in verdict.text
+    assert "measure again" in verdict.text
+    assert not [each for each in verdict.advice if each.setting.startswith("data.")]
 
 
 def test_a_rank_that_comes_last_is_named() -> None:

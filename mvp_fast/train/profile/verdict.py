@@ -16,6 +16,8 @@ Limit = Literal["data", "cores", "ranks", "host", "compute"]
 
 # Below these, a difference is not worth a word: shares of the step, and times as fast.
 WAITS, HEADROOM, HOST, STRAGGLES, UPDATE, GAIN = 0.05, 1.05, 0.10, 1.05, 0.15, 1.01
+# Share of what resident batches gain that the loader's work must make up before it is blamed.
+EXPLAINED = 0.5
 # A product's rate in one precision must be this many times the other's before one is told to change.
 PRECISION = 1.2
 # Of the GPU's memory, as much may be used before a larger batch is not proposed.
@@ -80,7 +82,7 @@ def judge(numbers: Numbers) -> Verdict:
     """The verdict on a profile."""
     limit = _limit(numbers)
     headline, sentences = _told(limit, numbers)
-    advice = _on_data(numbers) if limit in ("data", "cores") else []
+    advice = _on_data(limit, numbers) if limit in ("data", "cores") else []
     advice += _on_precision(numbers) + _on_kernels(numbers) + _on_steps(limit, numbers)
     worth = [each for each in advice if each.gain is None or each.gain >= GAIN]
     worth.sort(key=lambda each: each.gain or 0.0, reverse=True)
@@ -91,13 +93,30 @@ def _limit(numbers: Numbers) -> Limit:
     real = numbers.real
     if real.share("data wait", "copy") >= WAITS:
         return "data"
-    if numbers.headroom >= HEADROOM:
+    if numbers.headroom >= HEADROOM and _loading_explains(numbers):
         return "cores"
     if numbers.straggling >= STRAGGLES and _held_up(numbers) >= WAITS:
         return "ranks"
     if _host_share(numbers) >= HOST:
         return "host"
     return "compute"
+
+
+def _loading_explains(numbers: Numbers) -> bool:
+    """Whether the loader's work is enough to slow the step as much as it is; on a GPU, where it is not known, yes.
+
+    The two stretches are measured one after the other: another process may have come or gone in between.
+    """
+    if numbers.settings.device != "cpu" or numbers.synthetic is None:
+        return True
+    lost = numbers.real.step - numbers.synthetic.step
+    return _core_seconds(numbers) / numbers.settings.cores >= EXPLAINED * lost
+
+
+def _core_seconds(numbers: Numbers, *stages: str) -> float:
+    """Seconds of a core that the loader takes for a step's batch, in these of its stages or in all."""
+    wanted = stages or ("decode", "transform")
+    return sum(numbers.real.loader.get(stage, {}).get("seconds", 0.0) for stage in wanted)
 
 
 def _held_up(numbers: Numbers) -> float:
@@ -146,13 +165,19 @@ def _told(limit: Limit, numbers: Numbers) -> tuple[str, list[str]]:
     largest = max((s for s in real.critical if s != "host"), key=lambda stage: real.critical[stage])
     share = f"it reaches {reached}" if numbers.headroom >= 1 else "resident batches are no faster"
     data = f" Loading is not in the way: {share}." if ceiling else ""
+    if numbers.headroom >= HEADROOM:
+        work = figure(1e3 * _core_seconds(numbers))
+        data = (
+            f" It reaches {reached}, which loading does not explain: it takes {work} ms of a core a step."
+            " Other programs ran meanwhile, it seems: measure again when the machine is left alone."
+        )
     return "The device's arithmetic limits", [
         f"{rate}; the step waits for data {waits:.0f} % of its time.{data}",
         f"{product} The largest stage is {largest}, {100 * real.share(largest):.0f} % of the step.",
     ]
 
 
-def _on_data(numbers: Numbers) -> list[Advice]:
+def _on_data(limit: Limit, numbers: Numbers) -> list[Advice]:
     """No more can be gained than resident batches show. Where the run's loader is resident, nothing is known."""
     settings, real = numbers.settings, numbers.real
     if numbers.synthetic is None:
@@ -169,7 +194,7 @@ def _on_data(numbers: Numbers) -> list[Advice]:
     if settings.loader == "torchvision" and not gpu:
         reason = "It decodes the crop's region alone and keeps to the same pixels within 1 of 255."
         found.append(Advice("data.loader", "torchvision", "cpu", most, True, reason))
-    if 0 < settings.threads < settings.cores and load > 0:
+    if limit == "data" and 0 < settings.threads < settings.cores and load > 0:
         faster = load * settings.threads / settings.cores
         found.append(
             Advice(
@@ -191,19 +216,20 @@ def _on_data(numbers: Numbers) -> list[Advice]:
             "It needs a copy of the data set that `mvp-fast data convert --to beton` writes, and data.interpolation"
         )
         found.append(Advice("data.loader", settings.loader, "ffcv", most, True, f"{reason} area: other pixels."))
-    decode = real.loader.get("decode", {}).get("seconds", 0.0) + real.loader.get("read", {}).get("seconds", 0.0)
-    every = decode + real.loader.get("transform", {}).get("seconds", 0.0)
+    decode = _core_seconds(numbers, "decode")
+    every = _core_seconds(numbers)
     if every > 0 and load > 0 and settings.loader in ("torchvision", "cpu", "dali"):
         share, repeat = decode / every, settings.repeat
-        faster = load * (1 - share / 2)
+        # Waiting for it, a batch is there sooner; otherwise the step gets back what the cores no longer decode.
+        after = load * (1 - share / 2) if limit == "data" else real.step - decode / 2 / settings.cores
         found.append(
             Advice(
                 "data.repeat",
                 str(repeat),
                 str(2 * repeat),
-                _sped(real.step, max(resident, faster)),
+                _sped(real.step, max(resident, after)),
                 False,
-                f"Two crops from each decoded image: reading and decoding are {100 * share:.0f} % of the loader's work."
+                f"Two crops from each decoded image: decoding is {100 * share:.0f} % of the loader's work."
                 " It changes the training: batches hold fewer different images.",
             )
         )
