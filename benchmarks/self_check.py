@@ -184,7 +184,8 @@ def _write(options: argparse.Namespace, documents: Sequence[Mapping[str, Any]], 
     settings = {name: vars(options)[name] for name in ("comparisons", "seconds", "planted_seconds")}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({**about, "settings": {**settings, "share": SHARE}, **content}, indent=1) + "\n")
+    text = json.dumps({**about, "settings": {**settings, "share": SHARE}, **content}, separators=(",", ":"))
+    beside.write_text(text.replace(sys.executable, "python") + "\n")  # where it lies is of no use to others
     beside.replace(path)
     print(f"written: {path}")
 
