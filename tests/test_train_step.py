@@ -6,6 +6,7 @@ K tokens in the loss, N all tokens, D channels of a feature.
 
 from __future__ import annotations
 
+import copy
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -279,6 +280,62 @@ def test_the_savings_are_exact(tokens: str, cls: bool) -> None:
             got, want, rtol=1e-10, atol=1e-10 * scale, msg=lambda text, name=name: f"{name}: {text}"
         )
         assert scale > 0 or name == "mask_token"
+
+
+# --- The whole step against a plain one
+
+
+def plain_curve(teacher: Teacher, config: Config, batches: list[Batch]) -> list[float]:
+    """Every token through both models, torch's cosine, its own clipping and its unfused AdamW."""
+    student = Student(config.student, target_width=teacher.width, image_size=SIDE, seed=config.seed)
+    kept = student.no_weight_decay()
+    decayed = [p for name, p in student.named_parameters() if p.ndim > 1 and name not in kept]
+    others = [p for name, p in student.named_parameters() if p.ndim <= 1 or name in kept]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        foreach=False,
+    )
+    tower, losses = copy.deepcopy(teacher.visual), []
+    tower.output_tokens = True
+    drop = make_step(teacher, config)
+    for batch in batches:
+        masked_BN = torch.zeros(len(batch.rows), 16, dtype=torch.bool).scatter_(1, batch.masked_BM, True)
+        in_loss_BN = F.pad(masked_BN, (1, 0), value=True)  # CLS and the masked patches
+        scale_LSB = drop._drop_scale(batch.rows)
+        predicted_BND = student.predictor(
+            student.norm(student._encode(student.patches(batch.images_BHWC), masked_BN, scale_LSB))
+        )
+        with torch.no_grad():
+            x_BCHW = F.fold(teacher.patches(batch.images_BHWC).transpose(1, 2), SIDE, 16, stride=16)
+            pooled_BD, patches_BND = tower(x_BCHW)
+            features_BND = torch.cat([pooled_BD[:, None], patches_BND @ tower.proj], dim=1)
+        loss = (1 - F.cosine_similarity(predicted_BND[in_loss_BN], features_BND[in_loss_BN], dim=-1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_grad)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+def test_the_fused_step_and_a_plain_one_give_one_loss_curve(teacher: Teacher) -> None:
+    """100 steps in float32: targets ahead, two micro-batches, pruned last blocks, clipping inside the fused update."""
+    config = changed(train={"accumulate": 2}, optim={"clip_grad": 0.5, "weight_decay": 0.05})
+    batches = [make_batch(number) for number in range(100)]
+    step = make_step(teacher, config)
+    step.ahead = True
+    set_learning_rate(step.optimizer, config.optim.lr)
+    results = [step(batch, after) for batch, after in zip(batches, [*batches[1:], None], strict=True)]
+    assert step.inputs.taken_ahead == 2 * 100 - 1
+    assert sum(float(result.grad_norm) > 0.5 for result in results) > 10, "the limit is never at work"
+    found = [float(result.loss) for result in results]
+    assert found == pytest.approx(plain_curve(teacher, config, batches), rel=1e-5)
+    assert sum(found[-10:]) < sum(found[:10]) - 1, "it learns nothing"
 
 
 # --- Planned stochastic depth
