@@ -37,7 +37,7 @@ def _slower(work, share):
 
     import numpy as np
 
-    ground = np.ones(512)
+    ground = np.ones(64)
 
     def slow(*args, **kwargs):
         start = time.perf_counter()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mvp_fast.errors import ConfigError, DataError
+from mvp_fast.samples import texts
 
 VERSION = 1
 FILE_NAME = "index.parquet"
@@ -98,7 +98,7 @@ class Index:
         if paths.equals(keys):  # always so for a folder of image files
             paths = keys
         else:
-            starts = _runs(paths)
+            starts = texts.runs(paths)
             paths = paths.take(starts[:-1])
         root = _find_root(path, about, paths[0].as_py())
         del table, columns
@@ -181,6 +181,23 @@ class Index:
             return None
         return self._starts
 
+    def subset(self, sample_K: npt.NDArray[np.int64]) -> Index:
+        """An index of these samples alone, in this order; with all the classes of this one.
+
+        Raises:
+            DataError: there are none.
+        """
+        if not len(sample_K):
+            raise DataError("The part of the index that was asked for has no samples", where=str(self.path))
+        names = ("offset", "length", "width", "height", "label")
+        columns: dict[str, Any] = {name: getattr(self, name)[sample_K] for name in names}
+        keys = None if self._keys is None else self._keys.take(sample_K)
+        if self._paths is None or self._starts is None:
+            return replace(self, **columns, _keys=keys, _paths=keys)
+        paths = self._paths.take(np.searchsorted(self._starts, sample_K, side="right") - 1)
+        starts = texts.runs(paths)
+        return replace(self, **columns, _keys=keys, _paths=paths.take(starts[:-1]), _starts=starts)
+
     def fingerprint(self) -> str:
         """SHA-256 over the samples in their order: classes, keys, offsets, lengths, sizes and labels, but not places.
 
@@ -195,8 +212,8 @@ class Index:
             sizes = [int(self.width[0]), int(self.height[0])]
             digest.update(json.dumps(["synthetic", *sizes]).encode())
             return digest.hexdigest()
-        digest.update(_text_lengths(self._keys).astype("<i8").data)
-        digest.update(_text_bytes(self._keys))
+        digest.update(texts.lengths(self._keys).astype("<i8").data)
+        digest.update(texts.content(self._keys))
         for column in (self.offset, self.length, self.width, self.height, self.label):
             digest.update(np.ascontiguousarray(column.astype(column.dtype.newbyteorder("<"), copy=False)).data)
         return digest.hexdigest()
@@ -229,29 +246,6 @@ class Index:
             where=str(self.path),
             fix=f"Write it anew with `mvp-fast data index {self.root}{out}`",
         )
-
-
-def _runs(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
-    """Where each run of equal texts begins, and how many texts there are: int64 (runs + 1)."""
-    new = pc.not_equal(texts.slice(1), texts.slice(0, len(texts) - 1)).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.flatnonzero(new) + 1, [len(texts)]]).astype(np.int64)
-
-
-def _text_lengths(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
-    """How many bytes each text has: int64 (n,)."""
-    return np.diff(_text_bounds(texts))
-
-
-def _text_bytes(texts: pa.LargeStringArray) -> memoryview:
-    """The bytes of all texts, one after the other."""
-    bounds = _text_bounds(texts)
-    return memoryview(texts.buffers()[2] or b"")[bounds[0] : bounds[-1]]
-
-
-def _text_bounds(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
-    # Arrow's layout: buffer 1 holds where each text begins in buffer 2, and where the last one ends.
-    bounds = np.frombuffer(memoryview(texts.buffers()[1] or b""), dtype=np.int64)
-    return bounds[texts.offset : texts.offset + len(texts) + 1]
 
 
 def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
