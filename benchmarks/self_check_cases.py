@@ -34,8 +34,8 @@ from mvp_fast.samples.scenes import SceneSet, write_set
 from mvp_fast.train.optim import build_optimizer
 from mvp_fast.train.step import TrainStep
 
-IMAGES, BATCH, BATCHES, NORMS = 32, 16, 6, 400
-TOKENS = (8, 196, 384)  # stays in a core's cache: how fast memory is differs from process to process
+IMAGES, BATCH, BATCHES, NORMS = 32, 16, 6, 800
+TOKENS = (4, 196, 384)  # stays in a core's cache: how fast memory is differs from process to process
 WARM_UP_SECONDS = 0.2
 
 
