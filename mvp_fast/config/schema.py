@@ -7,7 +7,7 @@ The values here are the ViT-B/16 recipe; configs/*.yaml say what differs. This m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -213,3 +213,42 @@ class Config:
     resume: str = "none"
     """none starts anew (and refuses a folder that holds a run), auto goes on from the newest checkpoint of run.dir if
     there is one, or the path of a checkpoint."""
+
+
+class RunSettings(Protocol):
+    """What the settings of every training run have, whatever its task; `Config` is one of them."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Where it lives."""
+        ...
+
+    @property
+    def data(self) -> DataConfig:
+        """Its images."""
+        ...
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Optimizer and schedule."""
+        ...
+
+    @property
+    def train(self) -> TrainConfig:
+        """Length, batch, precision."""
+        ...
+
+    @property
+    def kernels(self) -> KernelsConfig:
+        """Implementation of the kernels."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Decides all that is random."""
+        ...
+
+    @property
+    def resume(self) -> str:
+        """Where it goes on from."""
+        ...

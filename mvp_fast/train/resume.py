@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mvp_fast.config.load import config_to_dict
-from mvp_fast.config.schema import Config
+from mvp_fast.config.schema import Config, RunSettings
 from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.samples.plan import SamplePlan
 
@@ -26,6 +26,21 @@ _KEPT = ("objective.", "optim.name")
 # What plans were before they could be otherwise; see SamplePlan.state.
 _PLAN_BEFORE: dict[str, Any] = {"repeat": 1, "order": "shuffled"}
 _FIX = "Give the settings in the run's config.yaml, or start anew in another --run.dir"
+
+
+def check_task(state: dict[str, Any], task: str, checkpoint: Path) -> None:
+    """A run goes on only with what it does.
+
+    Raises:
+        ConfigError: the checkpoint is of a run that does something else.
+    """
+    before = state.get("task", "pretrain")  # what all did that did not say
+    if before != task:
+        raise ConfigError(
+            f"The checkpoint is of a run that does something else: {before}, not {task}",
+            where=str(checkpoint),
+            fix="Give the verb that the run began with, or another --run.dir",
+        )
 
 
 def check_plan(state: dict[str, Any], plan: SamplePlan, checkpoint: Path) -> None:
@@ -68,7 +83,7 @@ def check_teacher(state: dict[str, Any], config: Config, fingerprint: str, check
         )
 
 
-def check_settings(state: dict[str, Any], config: Config, checkpoint: Path) -> list[str]:
+def check_settings(state: dict[str, Any], config: RunSettings, checkpoint: Path) -> list[str]:
     """A run goes on only with the same objective and the same kind of optimizer.
 
     Returns:
@@ -78,7 +93,7 @@ def check_settings(state: dict[str, Any], config: Config, checkpoint: Path) -> l
         ConfigError: the objective or the optimizer differs.
     """
     # A setting that came after the checkpoint had its default.
-    before, now = {**_flat(config_to_dict(Config())), **_flat(state["config"])}, _flat(config_to_dict(config))
+    before, now = {**_flat(config_to_dict(type(config)())), **_flat(state["config"])}, _flat(config_to_dict(config))
     changed = [name for name in now if before.get(name) != now[name] and not name.startswith(_FREE)]
     told = {name: f"{name} was {before.get(name)}, is {now[name]}" for name in changed}
     if kept := [told[name] for name in changed if name.startswith(_KEPT)]:

@@ -1,13 +1,10 @@
-"""One optimizer step: student, teacher, loss, backward, clip, update. No input or output, no host synchronisation.
+"""The pre-training step: student, teacher, loss; the rest is every task's (`update`). No host synchronisation.
 
 Shape legend: B images, H and W pixels, C channels, N patches, P pixel values a patch, M masked patches, K tokens in the
 loss, D channels of a feature, L blocks, S the two branches of a block (attention, MLP).
 """
 
 from __future__ import annotations
-
-import contextlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,28 +18,12 @@ from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
 from mvp_fast.train.inputs import InputMaker, Inputs
-from mvp_fast.train.optim import apply_update, clear_gradients, clip_scale
-from mvp_fast.train.sharding import is_sharded, norm_of_shards, sync_gradients
-from mvp_fast.train.stages import StageRecorder, unrecorded
+from mvp_fast.train.stages import StageRecorder
+from mvp_fast.train.update import UpdateStep
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves on the device; reading it makes the host wait.
-
-    Attributes:
-        loss: float32 (), mean over this rank's images.
-        grad_norm: float32 (), norm of the whole gradient before clipping (over all ranks).
-        finite: bool (), whether loss and gradient were finite, so that the update was taken.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    finite: Tensor
-
-
-class TrainStep:
-    """The step as a callable: `step(batch, following) -> StepResult`.
+class TrainStep(UpdateStep):
+    """One optimizer step of pre-training.
 
     Args:
         student: the bare student (its parameters are what `optimizer` updates).
@@ -68,22 +49,19 @@ class TrainStep:
         config: Config,
         device: torch.device,
     ) -> None:
-        self.student, self.forward, self.teacher = student, forward, teacher
-        self.objective, self.optimizer, self.config, self.device = objective, optimizer, config, device
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.autocast = config.train.precision == "bf16"
-        self.sharded = is_sharded(student)
+        self.student, self.teacher, self.objective, self.config = student, teacher, objective, config
         self.ahead = device.type == "cuda" and config.teacher.ahead
         self.inputs = InputMaker(
             student,
             teacher,
             objective,
             device,
-            autocast=self.autocast,
+            autocast=config.train.precision == "bf16",
             side_stream=self.ahead,
             graph=config.teacher.graph,
         )
-        self.stage = unrecorded
+        self._drop_scale_LSB: Tensor | None = None
+        super().__init__(student, forward, optimizer, config, device)
 
     @property
     def stage(self) -> StageRecorder:
@@ -94,45 +72,21 @@ class TrainStep:
     def stage(self, recorder: StageRecorder) -> None:
         self._stage = self.inputs.stage = recorder
 
-    def __call__(self, batch: Batch, following: Batch | None = None) -> StepResult:
-        """Take one step.
-
-        Args:
-            batch: on the device.
-            following: the batch that comes next, where it is there already.
-        """
-        clear_gradients(self.optimizer)
-        parts = self.config.train.accumulate
-        size = len(batch.rows) // parts
+    def begin(self, batch: Batch) -> None:
+        """Bring the batch's stochastic depth onto the device."""
         with self.stage("copy"):
-            drop_scale_LSB = self._drop_scale(batch.rows)
-        loss = torch.zeros((), device=self.device)
-        for part in range(parts):
-            inputs = self.inputs.take(*_micro_batch(batch, part, size))
-            if self.ahead and part + 1 < parts:
-                self.inputs.submit(*_micro_batch(batch, part + 1, size))
-            elif self.ahead and following is not None:
-                self.inputs.submit(*_micro_batch(following, 0, size))
-            these = slice(part * size, (part + 1) * size)
-            with self._gradient_sync(last=part == parts - 1):
-                part_loss = self._loss(
-                    inputs, None if drop_scale_LSB is None else drop_scale_LSB[:, :, these], 1.0 / parts
-                )
-                # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
-                # gradient tells every rank after its all-reduce, and all of them skip the same update.
-                with self.stage("backward"):
-                    finite = torch.isfinite(part_loss.detach())
-                    factor = part_loss.new_full((), torch.nan).masked_fill_(finite, 1.0 / parts)
-                    (part_loss * factor).backward()
-            loss += part_loss.detach() / parts
-        with self.stage("clip"):
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            grad_norm = norm_of_shards(gradients) if self.sharded else nn.utils.get_total_norm(gradients)
-            grad_scale = clip_scale(grad_norm, self.config.optim.clip_grad)
-        with self.stage("optimizer"):
-            finite = torch.isfinite(grad_norm)
-            apply_update(self.optimizer, finite, grad_scale)
-        return StepResult(loss, grad_norm, finite)
+            self._drop_scale_LSB = self._drop_scale(batch.rows)
+
+    def part_loss(self, batch: Batch, following: Batch | None, part: int, these: slice) -> Tensor:
+        """The objective's loss; the inputs that come next are queued first, where the step works ahead."""
+        size = these.stop - these.start
+        inputs = self.inputs.take(*_micro_batch(batch, part, size))
+        if self.ahead and part + 1 < self.parts:
+            self.inputs.submit(*_micro_batch(batch, part + 1, size))
+        elif self.ahead and following is not None:
+            self.inputs.submit(*_micro_batch(following, 0, size))
+        scale_LSB = None if self._drop_scale_LSB is None else self._drop_scale_LSB[:, :, these]
+        return self._loss(inputs, scale_LSB, 1.0 / self.parts)
 
     def _loss(self, inputs: Inputs, drop_scale_LSB: Tensor | None, upstream: float) -> Tensor:
         with self.stage("student forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -156,14 +110,6 @@ class TrainStep:
         if self.device.type == "cuda":
             return scale_LSB.pin_memory().to(self.device, non_blocking=True)
         return scale_LSB
-
-    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Ranks average their gradients in the last micro-batch only."""
-        if self.sharded:
-            sync_gradients(self.student, last=last)
-        if not last and isinstance(self.forward, nn.parallel.DistributedDataParallel):
-            return self.forward.no_sync()
-        return contextlib.nullcontext()
 
 
 def _micro_batch(batch: Batch, part: int, size: int) -> tuple[tuple[int, int], Tensor, Tensor]:

@@ -10,10 +10,10 @@ from enum import IntEnum
 from mvp_fast.errors import DataError
 from mvp_fast.loaders.base import Batch, Loader
 from mvp_fast.loaders.prefetch import Prefetcher
-from mvp_fast.train.build import Run
 from mvp_fast.train.guards import StopRequest
 from mvp_fast.train.optim import learning_rate, set_learning_rate
 from mvp_fast.train.pace import Pace
+from mvp_fast.train.run import Run
 
 
 class Event(IntEnum):
@@ -71,4 +71,4 @@ class Stepping:
         run.replaced += int((batch.rows.attempt_B > 0).sum())
         if run.ema is not None:
             with run.step.stage("optimizer"):
-                run.ema.update(run.student, step=run.steps_done)
+                run.ema.update(run.model, step=run.steps_done)

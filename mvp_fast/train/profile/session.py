@@ -26,9 +26,8 @@ from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.loaders.registry import decodes_on_gpu, resolve
 from mvp_fast.samples.files import replacing
-from mvp_fast.train.build import Run, build_run
+from mvp_fast.train.build import PretrainRun, build_run
 from mvp_fast.train.distributed import Ranks
-from mvp_fast.train.loop import header
 from mvp_fast.train.profile.measure import Taken, Tell, take
 from mvp_fast.train.profile.numbers import Numbers, RankNumbers, Settings
 from mvp_fast.train.profile.operations import operations
@@ -62,7 +61,7 @@ def profile(config: Config, ranks: Ranks, steps: int) -> Path:
     kernels = dispatch.resolve(config.kernels.impl, ranks.device.type)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if ranks.is_main:
-        told = [line for line in header(run, kernels, None).splitlines() if not line.startswith("run ")]
+        told = run.header(kernels)
         told.append(f"profile   {steps} steps, in {folder}")
         console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
     with _progress(ranks.is_main) as tell:
@@ -108,7 +107,7 @@ def _check_writable(folder: Path, ranks: Ranks) -> None:
         ) from problem
 
 
-def _settings(run: Run, taken: Taken, kernels: str) -> Settings:
+def _settings(run: PretrainRun, taken: Taken, kernels: str) -> Settings:
     config, ranks = run.config, run.ranks
     gpu = ranks.device.type == "cuda"
     loader = resolve(config.data.loader, config.data, ranks.device)
@@ -132,7 +131,7 @@ def _settings(run: Run, taken: Taken, kernels: str) -> Settings:
     )
 
 
-def _all_ranks(run: Run, taken: Taken) -> list[RankNumbers]:
+def _all_ranks(run: PretrainRun, taken: Taken) -> list[RankNumbers]:
     """Every rank's own figures, on every rank."""
     real, ranks = taken.stretches["real"], run.ranks
     mine = torch.zeros(ranks.world, 3, dtype=torch.float64)
