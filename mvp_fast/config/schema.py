@@ -91,6 +91,9 @@ class StudentConfig:
     """Initial value of the layer scale (BEiT: B 0.1, L 1e-5)."""
     drop_path: float = 0.1
     """Stochastic depth rate of the last block, rising linearly from 0 at the first."""
+    drop_path_mode: Literal["image", "subset"] = "image"
+    """image: each image drops each branch by its own chance; all branches are computed. subset: that share of each
+    micro-batch drops a branch, which is computed for the others alone (DINOv2); it pays at rates above 0.1."""
 
 
 @dataclass(frozen=True)

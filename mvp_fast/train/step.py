@@ -1,12 +1,11 @@
 """The pre-training step: student, teacher, loss; the rest is every task's (`update`). No host synchronisation.
 
 Shape legend: B images, H and W pixels, C channels, N patches, P pixel values a patch, M masked patches, K tokens in the
-loss, D channels of a feature, L blocks, S the two branches of a block (attention, MLP).
+loss, D channels of a feature, L blocks, S the two branches of a block.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from mvp_fast.models.student import Student
 from mvp_fast.models.teacher import Teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
-from mvp_fast.samples.random import Stream, uniforms
+from mvp_fast.train.drop_path import kept_images, scales, to_device
 from mvp_fast.train.inputs import InputMaker, Inputs
 from mvp_fast.train.stages import StageRecorder
 from mvp_fast.train.update import UpdateStep
@@ -60,7 +59,9 @@ class TrainStep(UpdateStep):
             side_stream=self.ahead,
             graph=config.teacher.graph,
         )
+        self._subset = config.student.drop_path_mode == "subset"
         self._drop_scale_LSB: Tensor | None = None
+        self._kept_parts: list[list[Tensor] | None] = []
         super().__init__(student, forward, optimizer, config, device)
 
     @property
@@ -76,6 +77,9 @@ class TrainStep(UpdateStep):
         """Bring the batch's stochastic depth onto the device."""
         with self.stage("copy"):
             self._drop_scale_LSB = self._drop_scale(batch.rows)
+            size = len(batch.rows) // self.parts
+            parts = (batch.rows.slice(part * size, (part + 1) * size) for part in range(self.parts))
+            self._kept_parts = [self._kept(rows) for rows in parts]
 
     def part_loss(self, batch: Batch, following: Batch | None, part: int, these: slice) -> Tensor:
         """The objective's loss; the inputs that come next are queued first, where the step works ahead."""
@@ -86,30 +90,29 @@ class TrainStep(UpdateStep):
         elif self.ahead and following is not None:
             self.inputs.submit(*_micro_batch(following, 0, size))
         scale_LSB = None if self._drop_scale_LSB is None else self._drop_scale_LSB[:, :, these]
-        return self._loss(inputs, scale_LSB, 1.0 / self.parts)
+        return self._loss(inputs, scale_LSB, 1.0 / self.parts, self._kept_parts[part])
 
-    def _loss(self, inputs: Inputs, drop_scale_LSB: Tensor | None, upstream: float) -> Tensor:
+    def _loss(
+        self, inputs: Inputs, drop_scale_LSB: Tensor | None, upstream: float, kept: list[Tensor] | None = None
+    ) -> Tensor:
         with self.stage("student forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            predicted_BKD = self.forward(inputs.patches_BNP, inputs.mask_BN, inputs.index_BK, drop_scale_LSB)
+            predicted_BKD = self.forward(inputs.patches_BNP, inputs.mask_BN, inputs.index_BK, drop_scale_LSB, kept)
         with self.stage("loss"):
             return self.objective(predicted_BKD, inputs.target_BKD, upstream)
 
     def _drop_scale(self, rows: PlanRows) -> Tensor | None:
-        """Stochastic depth (arXiv 1603.09382) from the plan: 0 or 1 / keep for each block, branch and image.
-
-        A pure function of seed, epoch and position, so that ranks, batch splits and resumed runs agree.
-        """
-        rates_L = np.asarray(self.student.drop_path_rates, dtype=np.float64)
-        if not rates_L.any():
+        """Factors of the branches where each image drops by its own chance, on the device; None where none drops."""
+        rates = self.student.drop_path_rates
+        if not any(rates) or self._subset:
             return None
-        depth = len(rates_L)
-        uniforms_BLS = uniforms(self.config.seed, Stream.DROP_PATH, rows.epoch_B, rows.position_B, 2 * depth)
-        uniforms_LSB = uniforms_BLS.reshape(-1, depth, 2).transpose(1, 2, 0)
-        keep_L11 = 1.0 - rates_L[:, None, None]
-        scale_LSB = torch.from_numpy(np.where(uniforms_LSB < keep_L11, 1.0 / keep_L11, 0.0).astype(np.float32))
-        if self.device.type == "cuda":
-            return scale_LSB.pin_memory().to(self.device, non_blocking=True)
-        return scale_LSB
+        return to_device([scales(rows, rates, self.config.seed)], self.device)[0]
+
+    def _kept(self, rows: PlanRows) -> list[Tensor] | None:
+        """The images of a micro-batch that keep each block's branches, where only they are computed."""
+        rates = self.student.drop_path_rates
+        if not any(rates) or not self._subset:
+            return None
+        return to_device(kept_images(rows, rates, self.config.seed), self.device)
 
 
 def _micro_batch(batch: Batch, part: int, size: int) -> tuple[tuple[int, int], Tensor, Tensor]:
