@@ -48,10 +48,14 @@ BASE = Config(
 )
 # A poisoned loss whose gradient is finite: that of smooth L1 of an infinite target.
 SMOOTH = ObjectiveConfig(target_norm="none", loss="smooth_l1")
+FP32 = replace(BASE.train, precision="fp32")
+SUBSET = replace(BASE.student, drop_path_mode="subset")
 CASES: dict[str, tuple[Config, bool]] = {
     "fp32": (replace(BASE, train=replace(BASE.train, precision="fp32", accumulate=2)), False),
     "bf16": (replace(BASE, train=replace(BASE.train, precision="bf16")), False),
-    "poisoned": (replace(BASE, objective=SMOOTH, train=replace(BASE.train, precision="fp32")), True),
+    "poisoned": (replace(BASE, objective=SMOOTH, train=FP32), True),
+    "recomputed": (replace(BASE, student=SUBSET, train=replace(FP32, recompute=True)), False),
+    "compiled": (replace(BASE, student=SUBSET, train=replace(FP32, recompute=True, compile="blocks")), False),
 }
 
 
@@ -85,7 +89,7 @@ def infinite(module: Any, inputs: Any, features_BMD: Tensor) -> Tensor:
 def trained(run: PretrainRun, poison: bool) -> dict[str, Any]:
     """Some steps of a run: each step's figures and exchanges, then all tensors, whole, and what memory they take."""
     found: dict[str, Any] = {name: [] for name in ("losses", "norms", "finite", "changed", "exchanges")}
-    found["types"] = {}
+    found["types"], found["compiled"] = {}, run.student.compiled
 
     def note(block: Any, *_: Any) -> None:
         assert not any(isinstance(weight, DTensor) for weight in block.parameters())
