@@ -15,7 +15,8 @@ from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.loaders.base import Loader
 from mvp_fast.loaders.registry import make_loader
 from mvp_fast.models.student import Student, patch_size_of
-from mvp_fast.models.teacher import Teacher, build_teacher, teacher_dtype
+from mvp_fast.models.teachers.base import Teacher, teacher_dtype
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
@@ -126,7 +127,13 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
     if state is not None and checkpoint is not None:
         check_plan(state, plan, checkpoint)
         changed = check_settings(state, config, checkpoint)
-    teacher = build_teacher(config.teacher, grid=plan.grid, image_size=config.data.image_size, impl=config.kernels.impl)
+    teacher = build_teacher(
+        config.teacher,
+        grid=plan.grid,
+        image_size=config.data.image_size,
+        cls=config.objective.cls,
+        impl=config.kernels.impl,
+    )
     student = Student(
         config.student,
         target_width=teacher.width,
@@ -137,7 +144,7 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
     teacher.to(ranks.device)
     set_up_models(student, teacher, config, ranks.device)
     if state is not None and checkpoint is not None:
-        check_teacher(state, config, teacher.fingerprint, checkpoint)
+        check_teacher(state, teacher, checkpoint)
     ema = _build_ema(student, config)  # a copy of the weights, so before they are spread
     for model in (student,) if ema is None else (student, ema.module):
         if ranks.shares(config.train):

@@ -13,7 +13,7 @@ from mvp_fast.config.schema import Config
 from mvp_fast.errors import DataError, EnvironmentProblem, Preempted
 from mvp_fast.loaders.base import Batch
 from mvp_fast.loaders.registry import describe
-from mvp_fast.models.teacher import PRECISIONS
+from mvp_fast.models.teachers.base import PRECISIONS
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train.build import Run, build_loader, build_run
 from mvp_fast.train.checkpoint import Checkpointer
@@ -234,7 +234,7 @@ def header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     lines = [
         f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
         f"{' compiled,' if run.student.compiled else ''} on {ranks.world} x {where}",
-        f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {run.teacher.width} channels, frozen,"
+        f"teacher   {run.teacher.words}, {run.teacher.width} channels, frozen,"
         f" {_how_targets_are_made(run)}",
         f"data      {len(run.plan.index):,} images, {loader}, {config.data.interpolation},"
         f" batch {config.train.batch_size}",
