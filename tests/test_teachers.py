@@ -1,4 +1,4 @@
-"""Teachers other than CLIP: timm's towers against timm's own forward pass, pixels against a loop, HOG against skimage."""
+"""Teachers other than CLIP: timm's towers against its own forward pass, pixels against a loop, HOG against skimage."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def write_folder(folder: Path, name: str, **arguments: Any) -> Path:
 
 def timm_teacher(path: Path | str, name: str = "vit_tiny_patch16_224", **options: Any) -> TimmTeacher:
     teacher = build_teacher(
-        TeacherConfig("timm", name, str(path)), **{"grid": GRID, "image_size": PIXELS, "impl": "reference", **options}
+        TeacherConfig(name, str(path), kind="timm"),
+        **{"grid": GRID, "image_size": PIXELS, "impl": "reference", **options},
     )
     assert isinstance(teacher, TimmTeacher)
     return teacher
@@ -162,7 +163,7 @@ def test_random_weights_are_decided_by_the_seed() -> None:
     state = torch.get_rng_state()
     first, again = (timm_teacher("random") for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
-    config = TeacherConfig("timm", "vit_tiny_patch16_224", "random", seed=1)
+    config = TeacherConfig("vit_tiny_patch16_224", "random", seed=1, kind="timm")
     other = build_teacher(config, grid=GRID, image_size=PIXELS)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     images, index = crops(), all_tokens(first, 3)
@@ -256,9 +257,9 @@ def test_fingerprints_tell_teachers_apart(tmp_path: Path) -> None:
     seen.add(timm_teacher(folder).fingerprint)
     for kind in ("pixels", "hog"):
         for grid, size in ((GRID, 64), ((2, 2), 64), ((2, 2), 32)):
-            seen.add(build_teacher(TeacherConfig(kind), grid=grid, image_size=size).fingerprint)
+            seen.add(build_teacher(TeacherConfig(kind=kind), grid=grid, image_size=size).fingerprint)
     assert len(seen) == 5 + 6
-    named = TeacherConfig("hog", name="nonsense", pretrained="nowhere")
+    named = TeacherConfig("nonsense", "nowhere", kind="hog")
     assert build_teacher(named, grid=GRID, image_size=64).fingerprint in seen, "the name is not ignored"
 
 
@@ -278,7 +279,7 @@ def refused(kind: type[Exception], *says: str, config: TeacherConfig, **options:
     [
         ("vit_smal_patch16_224", "random", ("no model named 'vit_smal_patch16_224'", "Did you mean vit_small_patch")),
         ("qqqq", "random", ("no model named 'qqqq'", "vit_small_patch16_224")),
-        ("vit_small_patch16_224.dinno", "timm", ("no weights for vit_small_patch16_224.dinno", "Did you mean", ".dino")),
+        ("vit_small_patch16_224.dinno", "timm", ("no weights for vit_small_patch16_224.dinno", "Did you mean")),
         ("vit_small_patch16_224.dinno", "random", ("no weights for", "Did you mean")),
         ("resnet50", "random", ("resnet50 can't be the teacher", "of another kind", "vit_small_patch16_224.dino")),
         ("swin_tiny_patch4_window7_224", "random", ("can't be the teacher",)),
@@ -288,36 +289,36 @@ def refused(kind: type[Exception], *says: str, config: TeacherConfig, **options:
     ],
 )
 def test_wrong_names(name: str, pretrained: str, says: tuple[str, ...]) -> None:
-    refused(ConfigError, *says, config=TeacherConfig("timm", name, pretrained))
+    refused(ConfigError, *says, config=TeacherConfig(name, pretrained, kind="timm"))
 
 
 def test_a_model_without_weights_at_timm() -> None:
     name = next(each for each in timm.list_models(module="vision_transformer") if not timm.is_model_pretrained(each))
-    refused(ConfigError, f"no weights for {name}", "Its tags: none", config=TeacherConfig("timm", name, "timm"))
+    refused(ConfigError, f"no weights for {name}", "Its tags: none", config=TeacherConfig(name, "timm", kind="timm"))
 
 
 @pytest.mark.parametrize("kind", ["pixels", "hog"])
 def test_cls_of_what_has_none(kind: Any) -> None:
     says = (f"The teacher `{kind}`", "none for the CLS token", "Set objective.cls to False")
-    refused(ConfigError, *says, config=TeacherConfig(kind), cls=True)
-    assert not build_teacher(TeacherConfig(kind), grid=GRID, image_size=PIXELS).has_cls
+    refused(ConfigError, *says, config=TeacherConfig(kind=kind), cls=True)
+    assert not build_teacher(TeacherConfig(kind=kind), grid=GRID, image_size=PIXELS).has_cls
 
 
 def test_cls_of_a_tower_without_one(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, "vit_base_patch16_siglip_224")
     says = ("siglip_224 has no CLS token", "Set objective.cls to False")
-    refused(ConfigError, *says, config=TeacherConfig("timm", pretrained=str(folder)), cls=True)
+    refused(ConfigError, *says, config=TeacherConfig(pretrained=str(folder), kind="timm"), cls=True)
 
 
 def test_patches_that_do_not_fit() -> None:
     says = ("patches of 20 px can't be cut into HOG's cells of 8 px",)
-    refused(ConfigError, *says, config=TeacherConfig("hog"), image_size=80)
+    refused(ConfigError, *says, config=TeacherConfig(kind="hog"), image_size=80)
     for kind in ("pixels", "hog"):
-        refused(ConfigError, "70 px can't be cut into 4x4", config=TeacherConfig(kind), image_size=70)  # type: ignore[arg-type]
+        refused(ConfigError, "70 px can't be cut into 4x4", config=TeacherConfig(kind=kind), image_size=70)  # type: ignore[arg-type]
 
 
 def test_wrong_files(tmp_path: Path) -> None:
-    small = TeacherConfig("timm", "vit_tiny_patch16_224")
+    small = TeacherConfig("vit_tiny_patch16_224", kind="timm")
     for missing in (tmp_path / "none.pth", "none.safetensors", "a/b"):
         config = replace(small, pretrained=str(missing))
         refused(DataError, "There is no such checkpoint file or folder", str(missing), config=config)
@@ -339,7 +340,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 def test_wrong_folders(tmp_path: Path) -> None:
     def of(folder: Path) -> TeacherConfig:
-        return TeacherConfig("timm", pretrained=str(folder))
+        return TeacherConfig(pretrained=str(folder), kind="timm")
 
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     refused(DataError, "a run's folder, not an export", "mvp-fast export", config=of(tmp_path / "run"))
@@ -356,9 +357,9 @@ def test_wrong_folders(tmp_path: Path) -> None:
     ):
         (folder / "config.json").write_text(text)
         refused(DataError, *says, str(folder), config=of(folder))
-    for architecture, says in (("resnet18", "can't be the teacher"), ("vit_tinny_patch16_224", "Did you mean vit_tiny")):
+    for architecture, say in (("resnet18", "can't be the teacher"), ("vit_tinny_patch16_224", "Did you mean vit_tiny")):
         (folder / "config.json").write_text(json.dumps({**settings, "architecture": architecture}))
-        refused(ConfigError, says, config=of(folder))
+        refused(ConfigError, say, config=of(folder))
 
 
 # ---- pixels
@@ -392,7 +393,7 @@ def some_pictures(scenes: Path, size: int = PIXELS) -> Tensor:
 
 def test_pixels_are_those_of_a_plain_loop(scenes: Path) -> None:
     images = some_pictures(scenes)
-    teacher = build_teacher(TeacherConfig("pixels"), grid=GRID, image_size=PIXELS, impl="reference")
+    teacher = build_teacher(TeacherConfig(kind="pixels"), grid=GRID, image_size=PIXELS, impl="reference")
     want = torch.from_numpy(np.stack([slow_pixels(image, 16) for image in images.numpy()]))
     found = teacher(teacher.patches(images), all_tokens(teacher, 5))
     assert found.dtype == torch.float32
@@ -431,7 +432,7 @@ def skimage_hog(image_HWC: np.ndarray, grid: int, patch: int) -> np.ndarray:
 @pytest.mark.parametrize(("grid", "size"), [(4, 64), (2, 16), (2, 64)])
 def test_hog_is_skimages(grid: int, size: int, scenes: Path) -> None:
     images = some_pictures(scenes, size)
-    teacher = build_teacher(TeacherConfig("hog"), grid=(grid, grid), image_size=size, impl="reference")
+    teacher = build_teacher(TeacherConfig(kind="hog"), grid=(grid, grid), image_size=size, impl="reference")
     patch = size // grid
     assert teacher.width == 27 * (patch // 8) ** 2
     want = torch.from_numpy(np.stack([skimage_hog(image.astype(float), grid, patch) for image in images.numpy()]))
@@ -447,7 +448,7 @@ def test_hog_is_skimages(grid: int, size: int, scenes: Path) -> None:
 
 
 def test_hog_of_some_tokens() -> None:
-    images, teacher = crops(), build_teacher(TeacherConfig("hog"), grid=GRID, image_size=PIXELS, impl="reference")
+    images, teacher = crops(), build_teacher(TeacherConfig(kind="hog"), grid=GRID, image_size=PIXELS, impl="reference")
     index = torch.stack([1 + torch.randperm(16)[:6] for _ in range(3)])
     mvp_kernels.reset_record()
     some = teacher(teacher.patches(images), index)
@@ -471,7 +472,7 @@ def test_opposite_directions_share_a_bin() -> None:
 
 def test_pixels_and_hog_stay_float32_whatever_is_asked() -> None:
     for kind in ("pixels", "hog"):
-        teacher = build_teacher(TeacherConfig(kind), grid=GRID, image_size=PIXELS)  # type: ignore[arg-type]
+        teacher = build_teacher(TeacherConfig(kind=kind), grid=GRID, image_size=PIXELS)  # type: ignore[arg-type]
         images, index = crops(), all_tokens(teacher, 3)
         plain = teacher(teacher.patches(images), index)
         lowered = teacher.lower(torch.float16)
@@ -484,7 +485,7 @@ def test_pixels_and_hog_stay_float32_whatever_is_asked() -> None:
 
 def test_one_read_gives_both_models_their_patches() -> None:
     student = Student(StudentConfig(width=48, depth=1, heads=3), target_width=108, image_size=PIXELS, impl="reference")
-    teacher = build_teacher(TeacherConfig("hog"), grid=GRID, image_size=PIXELS, impl="reference")
+    teacher = build_teacher(TeacherConfig(kind="hog"), grid=GRID, image_size=PIXELS, impl="reference")
     assert isinstance(teacher, HogTeacher)
     images = crops()
     mvp_kernels.reset_record()

@@ -97,16 +97,16 @@ class StudentConfig:
 class TeacherConfig:
     """What makes the targets: the token features of a frozen network, or a patch's own pixels or gradients."""
 
-    kind: Literal["clip", "timm", "pixels", "hog"] = "clip"
-    """clip: a vision tower of open_clip. timm: a plain ViT of timm, such as DINO's. pixels: a patch's values, normalised
-    per patch (MAE, 2111.06377). hog: histograms of oriented gradients of its cells (MaskFeat, 2112.09133). The last two
-    have no CLS token (objective.cls False)."""
+    kind: Literal["clip", "timm", "pixels", "hog"] = field(default="clip", kw_only=True)
+    """clip: a vision tower of open_clip. timm: a plain ViT of timm, such as DINO's. pixels: a patch's values,
+    normalised per patch (MAE, 2111.06377). hog: histograms of oriented gradients of its cells (MaskFeat, 2112.09133).
+    The last two have no CLS token (objective.cls False)."""
     name: str = "ViT-B-16"
     """clip: an open_clip model by name (open_clip.list_models()). timm: a timm model by name, with a tag for weights
     other than its usual ones (vit_small_patch16_224.dino). Ignored for pixels, hog, and a folder of timm's format."""
     pretrained: str = "openai"
-    """clip: an open_clip tag (needs the network once), the path of a local checkpoint, or `random`. timm: `timm` for its
-    own weights (the network, once), the path of a file or of a folder with model.safetensors and config.json
+    """clip: an open_clip tag (needs the network once), the path of a local checkpoint, or `random`. timm: `timm` for
+    its own weights (the network, once), the path of a file or of a folder with model.safetensors and config.json
     (`mvp-fast export` writes one), or `random`. Ignored for pixels and hog."""
     seed: int = 0
     """Seed of the weights where `pretrained` is random."""

@@ -234,8 +234,7 @@ def header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     lines = [
         f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
         f"{' compiled,' if run.student.compiled else ''} on {ranks.world} x {where}",
-        f"teacher   {run.teacher.words}, {run.teacher.width} channels, frozen,"
-        f" {_how_targets_are_made(run)}",
+        f"teacher   {run.teacher.words}, {run.teacher.width} channels, frozen, {_how_targets_are_made(run)}",
         f"data      {len(run.plan.index):,} images, {loader}, {config.data.interpolation},"
         f" batch {config.train.batch_size}",
         *_sharding(run),

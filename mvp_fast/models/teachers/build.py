@@ -25,8 +25,8 @@ def build_teacher(
         impl: implementation of mvp_kernels: auto, triton or reference.
 
     Raises:
-        ConfigError: there is no such model, tag or weights, it is of the wrong kind, its grid can't be the student's, or
-            it has no CLS token and that was wanted.
+        ConfigError: there is no such model, tag or weights, it is of the wrong kind, its grid can't be the student's,
+            or it has no CLS token and that was wanted.
         DataError: the weights are missing, damaged, or of another model.
         EnvironmentProblem: the weights have to be downloaded, and can't be.
     """

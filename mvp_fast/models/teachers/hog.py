@@ -74,17 +74,19 @@ class HogTeacher(Teacher):
             return self._histograms(*taken_BMP.chunk(2, dim=-1))
 
     def _image(self, patches_BNP: Tensor) -> Tensor:
-        """The image that was cut, its bytes freed from what the normalisation rounded: equal pixels have no gradient."""
+        """The image that was cut, free of what the normalisation rounded: equal pixels have no gradient."""
         size = self.patch_size
         exact_BNP = (patches_BNP * 256).round() / 256
         x_BYXCSS = exact_BNP.unflatten(2, (COLOURS, size, size)).unflatten(1, self.grid)
-        return x_BYXCSS.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        image_BCHW: Tensor = x_BYXCSS.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return image_BCHW
 
     def _cut(self, x_BCHW: Tensor) -> Tensor:
         """Patches of an image, in the order of `patchify`."""
         size = self.patch_size
         x_BCYSXS = x_BCHW.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-        return x_BCYSXS.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches_BNP: Tensor = x_BCYSXS.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return patches_BNP
 
     def _histograms(self, magnitude_BMP: Tensor, bin_BMP: Tensor) -> Tensor:
         cells = self.patch_size // CELL

@@ -224,7 +224,9 @@ def _load(model: Any, source: VitSource) -> None:
     # The same norm is `norm` where tokens leave through it and `fc_norm` where the model pools before it.
     for theirs, ours in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):
         if f"{ours}weight" in own and f"{ours}weight" not in state:
-            state = {ours + name.removeprefix(theirs) if name.startswith(theirs) else name: state[name] for name in state}
+            state = {
+                ours + name.removeprefix(theirs) if name.startswith(theirs) else name: state[name] for name in state
+            }
     state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith(LEFT_BEHIND)}
     wrong = sorted(own.keys() ^ state.keys()) or [
         f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
