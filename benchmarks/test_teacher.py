@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 import mvp_kernels
 from mvp_fast.models.graphs import GraphedFunction
-from mvp_fast.models.teacher import Teacher, build_teacher, teacher_dtype
+from mvp_fast.models.teachers.base import Teacher, teacher_dtype
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.objective.guided import Objective
 
 pytestmark = pytest.mark.timeout(900)  # also on a busy machine, and torch.compile takes its time

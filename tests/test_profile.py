@@ -23,7 +23,7 @@ from mvp_fast.config.load import parse_overrides
 from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.loaders.synthetic import SyntheticLoader
-from mvp_fast.models.teacher import Teacher
+from mvp_fast.models.teachers.clip import ClipTeacher
 from mvp_fast.train.build import build_run
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.profile.measure import TRACED, WARM_UP, Taken, take
@@ -90,13 +90,13 @@ def test_the_stages_on_the_critical_path_add_up_to_the_step(
 def test_a_stage_that_is_slow_is_the_one_that_shows_it(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Teacher.forward
+    forward = ClipTeacher.forward
 
-    def slow(self: Teacher, *given: Any) -> Any:
+    def slow(self: ClipTeacher, *given: Any) -> Any:
         time.sleep(0.25)
         return forward(self, *given)
 
-    monkeypatch.setattr(Teacher, "forward", slow)
+    monkeypatch.setattr(ClipTeacher, "forward", slow)
     real = taken_of(config_of(scenes, tmp_path, data__loader="synthetic"), 2).stretches["real"]
     assert real.critical["teacher"] >= 0.25
     assert max(real.critical, key=lambda stage: real.critical[stage]) == "teacher"

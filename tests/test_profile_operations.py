@@ -11,7 +11,7 @@ import torch
 
 from mvp_fast.config.schema import Config, DataConfig, StudentConfig, TeacherConfig, TrainConfig
 from mvp_fast.loaders.registry import make_loader
-from mvp_fast.models.teacher import build_teacher
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.train.build import build_run
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.profile.memory import resident

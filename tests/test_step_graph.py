@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mvp_fast.errors import ConfigError
-from mvp_fast.models.teacher import Teacher, build_teacher
+from mvp_fast.models.teachers.base import Teacher
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.train.optim import clear_gradients, set_learning_rate
 from mvp_fast.train.step import TrainStep
 from mvp_fast.train.step_graph import WARM_UP, Parts, StepGraph, Work, check, prepare

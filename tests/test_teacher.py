@@ -23,7 +23,8 @@ from torch import Tensor
 import mvp_kernels
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
-from mvp_fast.models.teacher import Teacher, build_teacher, resize, teacher_dtype
+from mvp_fast.models.teachers.base import Teacher, resize, teacher_dtype
+from mvp_fast.models.teachers.build import build_teacher
 
 TEXT = {"context_length": 4, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
 TOWERS = {

@@ -28,7 +28,7 @@ from mvp_fast.cli.main import main
 from mvp_fast.config.load import parse_overrides
 from mvp_fast.config.schema import Config, DataConfig, MaskConfig, TeacherConfig
 from mvp_fast.errors import ConfigError, EnvironmentProblem
-from mvp_fast.models.teacher import build_teacher
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index
 from mvp_fast.samples.plan import SamplePlan

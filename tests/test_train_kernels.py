@@ -31,7 +31,7 @@ from mvp_fast.loaders.registry import make_loader
 from mvp_fast.models import patches
 from mvp_fast.models.patches import patches_of_both
 from mvp_fast.models.student import Student
-from mvp_fast.models.teacher import build_teacher
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import Config
 from mvp_fast.models.student import Student, beit_overrides
-from mvp_fast.models.teacher import Teacher
+from mvp_fast.models.teachers.clip import ClipTeacher
 
 
 class PlainStudent(nn.Module):
@@ -65,7 +65,7 @@ class PlainStudent(nn.Module):
 class PlainTeacher(nn.Module):
     """open_clip's own forward, with the tokens that it gives out projected as it projects CLS."""
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: ClipTeacher) -> None:
         super().__init__()
         self.tower: Any = copy.deepcopy(teacher.visual)
         self.tower.output_tokens = True
@@ -104,7 +104,7 @@ class PlainStep:
     """
 
     def __init__(
-        self, student: Student, teacher: Teacher, config: Config, device: torch.device, compiled: bool = False
+        self, student: Student, teacher: ClipTeacher, config: Config, device: torch.device, compiled: bool = False
     ) -> None:
         self.config, self.device = config, device
         plain_student, plain_teacher = (

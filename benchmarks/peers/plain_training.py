@@ -29,7 +29,7 @@ from peers.plain_step import PlainStep
 from mvp_fast.config.load import load_config, parse_overrides
 from mvp_fast.config.schema import Config
 from mvp_fast.models.student import Student
-from mvp_fast.models.teacher import build_teacher
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.samples.index import Index
 from mvp_fast.train.distributed import choose_device
 from mvp_fast.train.optim import learning_rate, set_learning_rate

@@ -27,7 +27,7 @@ from mvp_fast.config.schema import (
 )
 from mvp_fast.loaders.base import Batch
 from mvp_fast.models.student import Student
-from mvp_fast.models.teacher import build_teacher
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan

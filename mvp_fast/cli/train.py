@@ -1,4 +1,4 @@
-"""`mvp-fast train`: pre-train a student against a frozen CLIP teacher."""
+"""`mvp-fast train`: pre-train a student against a frozen teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError
 
 PROFILED_STEPS = 20
-DESCRIPTION = """Pre-train a student against a frozen CLIP teacher.
+DESCRIPTION = """Pre-train a student against a frozen teacher.
 
 --config FILE reads a YAML file (configs/ has some), --print-config shows the settings in force and ends; every other
 option overrides one setting. --profile [STEPS] measures that many steps (20) of the run in place of training: where

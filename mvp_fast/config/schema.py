@@ -98,17 +98,24 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen network whose token features are the targets: one of open_clip's vision towers."""
+    """What makes the targets: the token features of a frozen network, or a patch's own pixels or gradients."""
 
+    kind: Literal["clip", "timm", "pixels", "hog"] = field(default="clip", kw_only=True)
+    """clip: a vision tower of open_clip. timm: a plain ViT of timm, such as DINO's. pixels: a patch's values,
+    normalised per patch (MAE, 2111.06377). hog: histograms of oriented gradients of its cells (MaskFeat, 2112.09133).
+    The last two have no CLS token (objective.cls False)."""
     name: str = "ViT-B-16"
-    """An open_clip model by name (open_clip.list_models())."""
+    """clip: an open_clip model by name (open_clip.list_models()). timm: a timm model by name, with a tag for weights
+    other than its usual ones (vit_small_patch16_224.dino). Ignored for pixels, hog, and a folder of timm's format."""
     pretrained: str = "openai"
-    """An open_clip tag (needs the network once), the path of a local checkpoint, or `random`."""
+    """clip: an open_clip tag (needs the network once), the path of a local checkpoint, or `random`. timm: `timm` for
+    its own weights (the network, once), the path of a file or of a folder with model.safetensors and config.json
+    (`mvp-fast export` writes one), or `random`. Ignored for pixels and hog."""
     seed: int = 0
     """Seed of the weights where `pretrained` is random."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """What it computes in; its weights are cast once. auto: fp32 where train.precision is fp32, else fp16 on a GPU and
-    bf16 on the CPU."""
+    """What a tower computes in; its weights are cast once. auto: fp32 where train.precision is fp32, else fp16 on a GPU
+    and bf16 on the CPU. pixels and hog are always fp32."""
     graph: bool = True
     """On a GPU: patches, mask and targets as one CUDA graph, without launching kernels one by one."""
     ahead: bool = True
@@ -125,8 +132,9 @@ class ObjectiveConfig:
     """The CLS token is in the loss too (the global feature)."""
     target_norm: Literal["l2", "layernorm", "none"] = "l2"
     """Per-token normalisation of the targets (layernorm has no affine part)."""
-    loss: Literal["cosine", "smooth_l1"] = "cosine"
-    """cosine reports 1 - cos, mean over tokens; smooth_l1 is the mean over tokens and channels."""
+    loss: Literal["cosine", "smooth_l1", "mse"] = "cosine"
+    """cosine reports 1 - cos, mean over tokens; smooth_l1 and mse (squared difference; MAE's and MaskFeat's, with
+    target_norm none) are means over tokens and channels."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def open_clip_row(options: dict[str, Any]) -> list[Row]:
             raise LookupError("it knows no ViT-B-16")
         return Row("open_clip", State.OK, open_clip.__version__)
 
-    return [package("open_clip", "open_clip_torch", "there is no teacher", try_it, "open_clip")]
+    return [package("open_clip", "open_clip_torch", "there is no CLIP teacher", try_it, "open_clip")]
 
 
 def triton_row(options: dict[str, Any]) -> list[Row]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.export.timm_format import CONFIG, timm_model
-from mvp_fast.models.teacher import fingerprint
+from mvp_fast.models.teachers.base import fingerprint
 from mvp_fast.train.checkpoint import load_student
 
 

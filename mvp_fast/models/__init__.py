@@ -1,1 +1,1 @@
-"""The student that is trained and the frozen teacher whose features are its targets."""
+"""The student that is trained and the frozen teachers whose features are its targets."""

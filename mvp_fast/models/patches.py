@@ -15,7 +15,7 @@ from mvp_kernels import dispatch
 
 if TYPE_CHECKING:
     from mvp_fast.models.student import Student
-    from mvp_fast.models.teacher import Teacher
+    from mvp_fast.models.teachers.base import Teacher
 
 
 def patches_of_both(images_BHWC: Tensor, student: Student, teacher: Teacher) -> tuple[Tensor, Tensor]:

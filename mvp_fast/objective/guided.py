@@ -1,5 +1,7 @@
 """The objective of MVP (arXiv 2203.05175): predict the teacher's feature of every masked token, and of CLS.
 
+With `mse` and no normalisation it is MAE's for pixels (2111.06377) and MaskFeat's for HOG (2112.09133).
+
 Shape legend: B images, N patches, M masked patches, K tokens in the loss, D channels of a feature.
 """
 
@@ -59,15 +61,17 @@ class Objective:
         """
         if pred_BKD.shape != features_BKD.shape:
             raise ValueError(f"predictions {tuple(pred_BKD.shape)} and features {tuple(features_BKD.shape)} differ")
-        if self.config.loss == "smooth_l1":
-            return self._smooth_l1(pred_BKD, features_BKD)
+        if self.config.loss != "cosine":
+            return self._distance(pred_BKD, features_BKD)
         return dispatch.guided_loss(
             pred_BKD, features_BKD, None, self.config.target_norm, upstream=upstream, impl=self.impl
         )
 
-    def _smooth_l1(self, pred_BKD: Tensor, features_BKD: Tensor) -> Tensor:
+    def _distance(self, pred_BKD: Tensor, features_BKD: Tensor) -> Tensor:
         # Widened before the normalisation, which returns its input's type.
         target_BKD = dispatch.token_norm(_wide(features_BKD), self.config.target_norm, impl=self.impl)
+        if self.config.loss == "mse":
+            return F.mse_loss(_wide(pred_BKD), target_BKD)
         return F.smooth_l1_loss(_wide(pred_BKD), target_BKD, beta=SMOOTH_L1_BETA)
 
 

@@ -11,7 +11,8 @@ import torch
 from mvp_fast.config.schema import Config
 from mvp_fast.loaders.registry import describe
 from mvp_fast.models.student import Student, patch_size_of
-from mvp_fast.models.teacher import PRECISIONS, Teacher, build_teacher, teacher_dtype
+from mvp_fast.models.teachers.base import PRECISIONS, Teacher, teacher_dtype
+from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train import step_graph
@@ -62,8 +63,7 @@ class PretrainRun(Run):
         return [
             f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
             f"{how} on {ranks.world} x {where}",
-            f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {self.teacher.width} channels, frozen,"
-            f" {_how_targets_are_made(self)}",
+            f"teacher   {self.teacher.words}, {self.teacher.width} channels, frozen, {_how_targets_are_made(self)}",
             f"data      {len(self.plan.index):,} images, {describe(config.data, ranks.device)},"
             f" {config.data.interpolation}, batch {config.train.batch_size}",
             *_sharding(self),
@@ -102,7 +102,13 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Pretrain
         check_task(state, PretrainRun.task, checkpoint)
         check_plan(state, plan, checkpoint)
         changed = check_settings(state, config, checkpoint)
-    teacher = build_teacher(config.teacher, grid=plan.grid, image_size=config.data.image_size, impl=config.kernels.impl)
+    teacher = build_teacher(
+        config.teacher,
+        grid=plan.grid,
+        image_size=config.data.image_size,
+        cls=config.objective.cls,
+        impl=config.kernels.impl,
+    )
     student = Student(
         config.student,
         target_width=teacher.width,
@@ -113,7 +119,7 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Pretrain
     teacher.to(ranks.device)
     set_up_models(student, teacher, config, ranks.device)
     if state is not None and checkpoint is not None:
-        check_teacher(state, config, teacher.fingerprint, checkpoint)
+        check_teacher(state, teacher, checkpoint)
     ema = build_ema(student, config)  # a copy of the weights, so before they are spread
     for model in (student,) if ema is None else (student, ema.module):
         if ranks.shares(config.train):

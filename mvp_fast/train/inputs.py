@@ -18,7 +18,7 @@ from torch import Tensor
 from mvp_fast.models.graphs import GraphedFunction
 from mvp_fast.models.patches import patches_of_both
 from mvp_fast.models.student import Student
-from mvp_fast.models.teacher import Teacher
+from mvp_fast.models.teachers.base import Teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.train.stages import StageRecorder, unrecorded
 

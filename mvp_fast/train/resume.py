@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mvp_fast.config.load import config_to_dict
-from mvp_fast.config.schema import Config, RunSettings
+from mvp_fast.config.schema import RunSettings
 from mvp_fast.errors import ConfigError, DataError
+from mvp_fast.models.teachers.base import Teacher
 from mvp_fast.samples.plan import SamplePlan
 
 # Settings of the run's surroundings, which change nothing in what is trained.
 _FREE = (
     *("run.", "resume", "data.index", "data.threads", "data.prefetch", "kernels.", "train.device"),
-    *("teacher.name", "teacher.pretrained", "teacher.seed"),  # its fingerprint tells
+    *("teacher.kind", "teacher.name", "teacher.pretrained", "teacher.seed"),  # its fingerprint tells
     *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute", "train.step_graph"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
     "train.sharding",
@@ -67,17 +68,16 @@ def check_plan(state: dict[str, Any], plan: SamplePlan, checkpoint: Path) -> Non
         )
 
 
-def check_teacher(state: dict[str, Any], config: Config, fingerprint: str, checkpoint: Path) -> None:
+def check_teacher(state: dict[str, Any], teacher: Teacher, checkpoint: Path) -> None:
     """A run goes on only against the same teacher.
 
     Raises:
         DataError: its fingerprint differs.
     """
-    if state["teacher"] != fingerprint:
+    if state["teacher"] != teacher.fingerprint:
         raise DataError(
-            f"The checkpoint was trained against another teacher than {config.teacher.name}"
-            f" ({config.teacher.pretrained}): its fingerprint is {state['teacher'][:12]}, this one's"
-            f" {fingerprint[:12]}",
+            f"The checkpoint was trained against another teacher than {teacher.words}: its fingerprint is"
+            f" {state['teacher'][:12]}, this one's {teacher.fingerprint[:12]}",
             where=str(checkpoint),
             fix="Give the teacher.* settings in the config.yaml of that run, or start anew in another --run.dir",
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvp_fast.config.schema import Config
 from mvp_fast.loaders.base import Batch
 from mvp_fast.models.student import Student
-from mvp_fast.models.teacher import Teacher
+from mvp_fast.models.teachers.base import Teacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.train import step_graph

@@ -15,8 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from mvp_fast.models.student import Student
-from mvp_fast.models.teacher import Teacher
+from mvp_fast.models.teachers.base import Teacher
+from mvp_fast.models.teachers.clip import ClipTeacher
+from mvp_fast.models.teachers.timm_tower import TimmTeacher
 from mvp_fast.train.build import PretrainRun
 from mvp_fast.train.sharding import local_part
 
@@ -46,7 +50,9 @@ class Tower:
 
     Attributes:
         depth: blocks.
-        head: O, of a linear layer on all tokens at the end.
+        hidden: F; of a gated MLP, that of a plain one with as many weights.
+        head: O, of a linear layer on all tokens at the end; 0 for none.
+        prefix: tokens before the patches.
     """
 
     patches: int
@@ -55,11 +61,12 @@ class Tower:
     hidden: int
     depth: int
     head: int
+    prefix: int = 1
 
     @property
     def tokens(self) -> int:
         """T."""
-        return self.patches + 1
+        return self.patches + self.prefix
 
     def embedding(self, images: int, size: int) -> Work:
         """The patch embedding; `size` bytes a value."""
@@ -96,8 +103,22 @@ def student_tower(student: Student) -> Tower:
     )
 
 
-def teacher_tower(teacher: Teacher) -> Tower:
-    """The teacher's sizes, as open_clip builds it."""
+def teacher_tower(teacher: Teacher) -> Tower | None:
+    """The teacher's sizes as open_clip or timm builds it; None where it is no tower."""
+    if isinstance(teacher, TimmTeacher):
+        mlp: Any = teacher.blocks[0].mlp
+        weights = sum(layer.weight.numel() for layer in mlp.modules() if isinstance(layer, nn.Linear))
+        return Tower(
+            teacher.grid[0] * teacher.grid[1],
+            teacher.embedding.weight[0].numel(),
+            teacher.width,
+            weights // (2 * teacher.width),
+            len(teacher.blocks),
+            0,
+            teacher.prefix,
+        )
+    if not isinstance(teacher, ClipTeacher):
+        return None
     visual = teacher.visual
     blocks = visual.transformer.resblocks
     return Tower(
@@ -118,16 +139,18 @@ def operations(run: PretrainRun) -> dict[str, Work]:
     forward = student.forward(images, size)
     # Each product twice, for the gradients of input and weight; the images need none.
     backward = forward * 2 + Work(-student.embedding(images, size).flops, 0)
-    values = images * (student.patches * student.patch_values + teacher.patches * teacher.patch_values)
+    seen = run.teacher.input_size[0] * run.teacher.input_size[1]
+    values = images * (student.patches * student.patch_values + 3 * seen)
     pixels = 3 * images * config.data.image_size**2
     weights = [parameter for parameter in run.student.parameters() if parameter.requires_grad]
     count = sum(local_part(weight).numel() for weight in weights)
     found = {
         "patchify": Work(2 * values, pixels + size * values),
-        "teacher": teacher.forward(images, size),
         "student forward": forward,
         "backward": backward,
     }
+    if teacher is not None:  # pixels and HOG are elementwise: no matrix product, and little else
+        found["teacher"] = teacher.forward(images, size)
     if config.optim.name.lower() in ADAM:
         # Weight and two averages are read and written, the gradient is read; float32.
         found["optimizer"] = Work(ADAM_OPERATIONS * count, 4 * 7 * count)
@@ -139,4 +162,4 @@ def operations(run: PretrainRun) -> dict[str, Work]:
 
 def products(work: dict[str, Work]) -> float:
     """Operations of the matrix products alone, a step."""
-    return sum(work[stage].flops for stage in ("teacher", "student forward", "backward"))
+    return sum(work[stage].flops for stage in ("teacher", "student forward", "backward") if stage in work)

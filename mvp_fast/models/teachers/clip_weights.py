@@ -9,22 +9,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 from open_clip.model import resize_pos_embed
 from torch import Tensor
 
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
-
-RANDOM = "random"
-FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+from mvp_fast.models.teachers.checkpoint_file import FILE_TYPES, RANDOM, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ def _file_source(path: Path, quick_gelu: bool) -> Source:
 
 def _tower_state(path: Path) -> dict[str, Tensor]:
     """The tensors of the vision tower, named `visual.*`."""
-    found = _read(path)
+    found = read_checkpoint(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     tensors = {}
@@ -160,41 +155,3 @@ def _tower_state(path: Path) -> dict[str, Tensor]:
             fix="Give a checkpoint in open_clip's format",
         )
     return tower
-
-
-def _read(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    where = f"teacher.pretrained {path}"
-    if _is_torchscript(path):
-        raise DataError(
-            "The checkpoint is a TorchScript archive, a program rather than weights, and is not loaded",
-            where=where,
-            fix='Where you trust it, write its weights to a file of their own once: python -c "import torch;'
-            f" torch.save(dict(torch.jit.load('{path}', map_location='cpu').state_dict()), '{path.stem}-weights.pt')\","
-            " and give that file (OpenAI's weights with a teacher.name that ends in -quickgelu)",
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            "The checkpoint is damaged, or holds objects that would run code when loaded, and is not loaded",
-            where=where,
-            fix="Save its state_dict alone, or give a safetensors file",
-        ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        raise DataError(
-            f"The checkpoint can't be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            where=where,
-            fix="Copy or download it again",
-        ) from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.rsplit("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
