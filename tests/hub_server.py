@@ -1,7 +1,7 @@
 """A model hub on loopback, as far as huggingface_hub's own client asks for it: repositories, LFS, commits, downloads.
 
-    with FakeHub() as hub:
-        hub.address, hub.repositories["me/model"].files["README.md"]
+with FakeHub() as hub:
+    hub.address, hub.repositories["me/model"].files["README.md"]
 """
 
 from __future__ import annotations
@@ -119,7 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._repository(name) is not None:
             modes = {True: "lfs", False: "regular"}
             files = [
-                {"path": each["path"], "uploadMode": modes[each["path"].endswith(".safetensors")], "shouldIgnore": False}
+                {
+                    "path": each["path"],
+                    "uploadMode": modes[each["path"].endswith(".safetensors")],
+                    "shouldIgnore": False,
+                }
                 for each in json.loads(body)["files"]
             ]
             self._answer(200, {"files": files})
@@ -168,12 +172,13 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, body: bytes, name: str, path: str) -> None:
         repository = self._repository(name)
         if repository is None:
-            return
-        if path not in repository.files:
-            return self._fail(404, "Entry not found", code="EntryNotFound")
-        content = repository.files[path]
-        etag = hashlib.sha256(content).hexdigest()
-        return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+            pass
+        elif path not in repository.files:
+            self._fail(404, "Entry not found", code="EntryNotFound")
+        else:
+            content = repository.files[path]
+            etag = hashlib.sha256(content).hexdigest()
+            self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
 
     # ---- how it is answered
 

@@ -38,9 +38,9 @@ model = BeitModel.from_pretrained("{source}").eval()
 inputs = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     output = model(**inputs)
-tokens = output.last_hidden_state  # (1, {tokens}, {width}): CLS and the patches, before the final norm
-features = output.pooler_output  # (1, {width}): mean of the patches, normed
-normed = model.pooler.layernorm(tokens)  # (1, {tokens}, {width}): what pre-training predicted features from
+    tokens = output.last_hidden_state  # (1, {tokens}, {width}): CLS and the patches, before the final norm
+    features = output.pooler_output  # (1, {width}): mean of the patches, normed
+    normed = model.pooler.layernorm(tokens)  # (1, {tokens}, {width}): what pre-training predicted features from
 """
 
 
