@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
-from mvp_fast.export.timm_format import CONFIG, timm_model
-from mvp_fast.models.teachers.base import fingerprint
+from mvp_fast.export.timm_format import timm_fingerprint, timm_model
+from mvp_fast.export.write import CONFIG
 from mvp_fast.train.checkpoint import load_student
 
 
@@ -85,8 +85,7 @@ class Backbone(nn.Module):
         self.image_size: int = self.grid[0] * self.patch_size
         self.width: int = model.embed_dim
         self.depth: int = len(model.blocks)
-        description = {"mean": self.mean, "std": self.std, "grid": self.grid, "patch_size": self.patch_size}
-        self.fingerprint = fingerprint(description, model.state_dict())
+        self.fingerprint = timm_fingerprint(model)
         self.register_buffer("mean_C", 255 * torch.tensor(self.mean), persistent=False)
         self.register_buffer("std_C", 255 * torch.tensor(self.std), persistent=False)
 
