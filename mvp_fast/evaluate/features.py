@@ -130,8 +130,8 @@ def make_features(
         seconds_at_risk: least time between two records of progress.
 
     Raises:
-        DataError: more samples are bad than the budget allows, or all; or features that are not finite.
-        ConfigError: features beyond float16.
+        DataError: more samples are bad than the budget allows, or a feature is not finite.
+        ConfigError: a feature is beyond float16.
         EnvironmentProblem: no room or no right to write, or another process is writing here.
     """
     about = identity(backbone, index, how, device)
@@ -140,10 +140,7 @@ def make_features(
         done, bad = cache.begin()
         if done < len(index):
             _extract(cache, backbone, index, how, device, tell, done, bad, seconds_at_risk)
-    features = cache.features()
-    if not len(features):
-        raise DataError("None of the images could be decoded", where=str(index.path), fix=f"See {cache.ledger}")
-    return features
+    return cache.features()
 
 
 def _extract(

@@ -82,6 +82,11 @@ class Bank:
                 part = np.arange(low, min(low + READ, len(self)))
                 self._resident[low : low + READ] = torch.from_numpy(features.gather(part, self._layers))
 
+    @property
+    def resident(self) -> bool:
+        """Whether all of it is kept on the device."""
+        return self._resident is not None
+
     def __len__(self) -> int:
         return len(self._features)
 
