@@ -245,7 +245,7 @@ def test_one_process_writes_at_a_time(scenes: Path, tmp_path: Path) -> None:
 
 def test_no_room_and_no_rights(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, {"shape": [10**10, 13, 2, 768]}, np.float32)
-    with cache.locked(), pytest.raises(EnvironmentProblem, match="The features take 798,720.0 GB"):
+    with cache.locked(), pytest.raises(EnvironmentProblem, match=r"The features take 798,720\.0 GB"):
         cache.begin()
     (tmp_path / "file").write_text("")
     cache = FeatureCache(tmp_path / "file", {"shape": [1, 1, 1, 1]}, np.float32)

@@ -155,7 +155,7 @@ def _extract(
     seconds_at_risk: float,
 ) -> None:
     """Compute what is missing from sample `done` on."""
-    size = how.batch_size
+    size = min(how.batch_size, len(index))
     plan = CentrePlan(
         index, batch_size=size, image_size=backbone.image_size, patch_size=backbone.patch_size, share=how.share
     )

@@ -285,7 +285,7 @@ def _notes(train: Labelled, test: Labelled, doubles: int, how: ProbeSettings) ->
         notes.append(f"k {max(how.k)} is more than the {len(train.features):,} training images: all of them vote")
     single = int((np.bincount(train.label_K) == 1).sum())
     if single:
-        notes.append(f"{single:,} classes have one training image: none of theirs is held out to choose by")
+        notes.append(f"classes of which no image is held out to choose by, since they have but one: {single:,}")
     return notes
 
 
