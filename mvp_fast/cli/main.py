@@ -17,6 +17,7 @@ from mvp_fast.errors import EnvironmentProblem, UserError
 VERBS = {
     "train": ("mvp_fast.cli.train", "pre-train a student against a frozen teacher"),
     "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
+    "probe": ("mvp_fast.cli.probe", "measure what a frozen network's features are worth: k-NN and linear classifiers"),
     "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),
     "data index": ("mvp_fast.cli.data.index", "write the Parquet index of a folder of images"),
     "data convert": ("mvp_fast.cli.data.convert", "write a data set anew in a form that loads faster"),
