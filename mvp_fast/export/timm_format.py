@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvp_fast.export.write import CARD, replacing
 from mvp_fast.models.student import Student, beit_overrides, build_beit
-from mvp_fast.models.teacher import fingerprint
+from mvp_fast.models.teachers.base import fingerprint
 
 PROVENANCE = (
     "tag",
