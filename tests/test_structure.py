@@ -95,6 +95,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["--help"],
         ["train", "--help"],
         ["export", "--help"],
+        ["visualize", "--help"],
         ["data", "--help"],
         ["data", "scenes", "--help"],
         ["data", "index", "--help"],
