@@ -46,7 +46,7 @@ class Clip:
     path: Path
 
 
-def build_clip(config: TeacherConfig, weights: Path | None = None) -> Clip:
+def build_whole_clip(config: TeacherConfig, weights: Path | None = None) -> Clip:
     """The CLIP that a teacher is the vision tower of, both towers with their weights.
 
     Args:
@@ -59,22 +59,19 @@ def build_clip(config: TeacherConfig, weights: Path | None = None) -> Clip:
         DataError: a file is missing, damaged, of another model, or without a text tower.
         EnvironmentProblem: weights or a vocabulary have to be downloaded, and can't be.
     """
-    named = _named_settings(config, weights)
-    source = find_source(config, bool((named or {}).get("quick_gelu", False)), weights)
+    settings, folder = _settings(config, weights)
+    source = find_source(config, bool(settings.get("quick_gelu", False)), weights)
     if source.path is None:
         raise ConfigError(
             f"The teacher {config.name} has random weights, which no language taught: {_WANTED}",
             where="teacher.pretrained random",
             fix="Take a run whose teacher.pretrained is a tag or a checkpoint",
         )
-    beside = _beside(source.path)
-    settings = beside or named
-    assert settings is not None
     model = _build(config, settings, source)
     load_tower(model, source.path)
     _load_text(model, source.path)
-    name = f"local-dir:{source.path.parent}" if beside else config.name
-    return Clip(model.eval().requires_grad_(False), _tokenizer(name), source.path)
+    tokenizer = _tokenizer(config.name if folder is None else f"local-dir:{folder}")
+    return Clip(model.eval().requires_grad_(False), tokenizer, source.path)
 
 
 @torch.no_grad()
@@ -123,16 +120,18 @@ def _check_texts(clip: Clip, texts: Sequence[str], templates: Sequence[str]) -> 
                 )
 
 
-def _named_settings(config: TeacherConfig, weights: Path | None) -> dict[str, Any] | None:
-    """What open_clip knows of the name; None where a file beside the weights will tell.
+def _settings(config: TeacherConfig, weights: Path | None) -> tuple[dict[str, Any], Path | None]:
+    """What describes the model, and the folder of the file that it stands in; None where open_clip knows the name.
 
     Raises:
         ConfigError: nobody knows the model.
     """
+    for path in (weights, Path(config.pretrained).expanduser()):
+        found = None if path is None else _beside(path)
+        if path is not None and found is not None:
+            return found, path.parent
     if config.name in open_clip.list_models():
-        return dict(open_clip.get_model_config(config.name))
-    if any(_beside(path) for path in (weights, Path(config.pretrained).expanduser()) if path is not None):
-        return None
+        return dict(open_clip.get_model_config(config.name)), None
     near = difflib.get_close_matches(config.name, open_clip.list_models(), n=1, cutoff=0.6)
     raise ConfigError(
         f"The run's teacher {config.name} is no CLIP of open_clip: {_WANTED}",

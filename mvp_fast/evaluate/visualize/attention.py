@@ -26,8 +26,8 @@ class Seen(NamedTuple):
 
     Attributes:
         tokens: of each block.
-        attention_BHN: of CLS to all tokens in one block, float32, each row sums to 1; None where there is no CLS,
-            or it is not wanted.
+        attention_BHN: of CLS to all tokens in one block, float32 or wider, each row sums to 1; None where there is
+            no CLS, or it is not wanted.
     """
 
     tokens: list[BlockTokens]
@@ -120,15 +120,16 @@ def cls_weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The weights that scaled_dot_product_attention gives these arguments, of query 0: float32 (B, H, N)."""
-    q_BHD, k_BHND = query[:, :, 0].float(), key.float()
+    """The weights that scaled_dot_product_attention gives these arguments, of query 0: (B, H, N), float32 or wider."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q_BHD, k_BHND = query[:, :, 0].to(dtype), key.to(dtype)
     if k_BHND.shape[1] != q_BHD.shape[1]:  # grouped queries share a key
         k_BHND = k_BHND.repeat_interleave(q_BHD.shape[1] // k_BHND.shape[1], 1)
     scale = q_BHD.shape[-1] ** -0.5 if scale is None else scale
     score_BHN = torch.einsum("bhd,bhnd->bhn", q_BHD, k_BHND) * scale
     if attn_mask is not None:
         row = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])[:, :, 0]
-        score_BHN = score_BHN.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else score_BHN + row
+        score_BHN = score_BHN.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else score_BHN + row.to(dtype)
     return score_BHN.softmax(-1)
 
 

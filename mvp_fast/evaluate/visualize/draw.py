@@ -25,7 +25,7 @@ TILE = 224
 """About the side of a tile, pixels: the nearest multiple of the grid, so that patches have sharp edges."""
 MARGIN, GAP, NOTE = 16, 8, 17
 INK, FAINT, PAPER = (24, 24, 28), (100, 100, 108), (255, 255, 255)
-LAY_OVER = 0.65
+LAY_OVER = 0.75
 """Share of the map's colour in a tile; the rest is the image in grey."""
 
 # matplotlib's colour maps of these names (CC0), every tenth of the way.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.evaluate.backbone import BackboneSource
-from mvp_fast.models.clip_text import build_clip, text_features
+from mvp_fast.models.clip_text import build_whole_clip, text_features
 from mvp_fast.models.student import Student
 from mvp_fast.models.teacher import Teacher, build_teacher
 from mvp_fast.train.checkpoint import find_checkpoint, load_student, read_state
@@ -66,7 +66,7 @@ def load_text_side(
         raise DataError("There is no such file", where=f"--clip-weights {clip_weights}")
     run = Path(source.name).expanduser()
     student, config, _ = load_student(run, source.checkpoint, source.ema)
-    clip = build_clip(config.teacher, clip_weights)
+    clip = build_whole_clip(config.teacher, clip_weights)
     teacher = build_teacher(config.teacher, grid=student.grid, image_size=config.data.image_size, weights=clip_weights)
     trained_by = str(read_state(find_checkpoint(run, source.checkpoint))["teacher"])
     if teacher.fingerprint != trained_by:
