@@ -72,14 +72,18 @@ def attention_sheet(canvas: Canvas, attention_BHM: Tensor, block: int, depth: in
         tiles = [
             Tile(
                 canvas.over(number, one_M / max(float(one_M.max()), 1e-12), "inferno"),
-                f"to {one_M.max():.3f}, in all {one_M.sum():.2f}",
+                f"to {one_M.max():.3f}, sum {one_M.sum():.2f}",
             )
             for one_M in maps
         ]
         rows.append([canvas.image(number), *tiles])
     heads = [f"head {number}" for number in range(attention.shape[1])]
     title = f"Attention of CLS to the patches, block {block} of 0 to {depth - 1}"
-    about = f"{canvas.about}. Each tile goes from 0 (black) to its own maximum, which stands below it."
+    even = 1 / attention.shape[2]
+    about = (
+        f"{canvas.about}. Each tile goes from 0 (black) to its own maximum, below it beside the patches' sum;"
+        f" spread evenly, each patch had {even:.3f}."
+    )
     return Sheet(title, about, ["image", "mean of heads", *heads], rows)
 
 
@@ -88,10 +92,11 @@ def pca_sheet(canvas: Canvas, found: Components, block: int, depth: int) -> Shee
     colours_BM3 = found.colour_BM3.cpu().numpy()
     side = tile_side(canvas.grid)
     rows = []
-    for number, colours_M3 in enumerate(colours_BM3):
+    for number, (colours_M3, front_M) in enumerate(zip(colours_BM3, found.foreground_BM.cpu().numpy(), strict=True)):
+        front_YX1 = front_M.reshape(*canvas.grid, 1)
         together_YXC = np.rint(255 * colours_M3).astype(np.uint8).reshape(*canvas.grid, 3)
         alone = [
-            Tile(cells(colour(colours_M3[:, k].reshape(canvas.grid), "viridis"), side))
+            Tile(cells(colour(colours_M3[:, k].reshape(canvas.grid), "viridis") * front_YX1, side))
             for k in range(colours_M3.shape[1])
         ]
         rows.append([canvas.image(number), Tile(cells(together_YXC, side)), *alone])
