@@ -96,6 +96,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["train", "--help"],
         ["export", "--help"],
         ["probe", "--help"],
+        ["visualize", "--help"],
         ["data", "--help"],
         ["data", "scenes", "--help"],
         ["data", "index", "--help"],

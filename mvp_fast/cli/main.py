@@ -16,6 +16,10 @@ from mvp_fast.errors import EnvironmentProblem, UserError
 # verb -> (module, one line for the help). A module has main(argv) -> exit code.
 VERBS = {
     "train": ("mvp_fast.cli.train", "pre-train a student against a frozen teacher"),
+    "visualize": (
+        "mvp_fast.cli.visualize",
+        "draw attention, features as colour, similarity, and where a text is found",
+    ),
     "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
     "probe": ("mvp_fast.cli.probe", "measure what a frozen network's features are worth: k-NN and linear classifiers"),
     "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -80,7 +81,12 @@ class ClipTeacher(TowerTeacher):
 
 
 def build_clip(
-    config: TeacherConfig, *, grid: tuple[int, int] = (14, 14), image_size: int = 224, impl: str = "auto"
+    config: TeacherConfig,
+    *,
+    grid: tuple[int, int] = (14, 14),
+    image_size: int = 224,
+    impl: str = "auto",
+    weights: Path | None = None,
 ) -> ClipTeacher:
     """Build the tower, on the CPU in float32; the text tower is neither built nor kept.
 
@@ -90,6 +96,7 @@ def build_clip(
             as open_clip does it.
         image_size: side of the crops, pixels; the tower never sees more pixels than they have.
         impl: implementation of mvp_kernels: auto, triton or reference.
+        weights: a file with the same weights, read in place of what config.pretrained names.
 
     Raises:
         ConfigError: there is no such model or tag, it is not a plain CLIP ViT, or its grid can't be the student's.
@@ -100,7 +107,7 @@ def build_clip(
     vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
     _check_tower(config.name, vision)
     check_grid(config.name, vision.patch_size, grid, image_size, _fitting(image_size // max(grid)))
-    source = find_source(config, bool(model.get("quick_gelu", False)))
+    source = find_source(config, bool(model.get("quick_gelu", False)), weights)
     vision.image_size = (grid[0] * vision.patch_size, grid[1] * vision.patch_size)
     # open_clip builds a tower only as part of a whole CLIP: the text tower is as small as can be, and is dropped.
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ class Source:
     quick_gelu: bool = False
 
 
-def find_source(config: TeacherConfig, quick_gelu: bool) -> Source:
+def find_source(config: TeacherConfig, quick_gelu: bool, weights: Path | None = None) -> Source:
     """Resolve `pretrained`: `random`, a tag (downloaded, or taken from the cache), or the path of a file.
 
     Args:
         config: name and pretrained.
         quick_gelu: what the model named by config.name uses. A tag knows better: `openai` weights need it even where
             the name is plain ViT-B-16.
+        weights: a file with the same weights, read in place of what `pretrained` names; nothing is downloaded.
 
     Raises:
         ConfigError: there is no such tag.
@@ -56,11 +57,14 @@ def find_source(config: TeacherConfig, quick_gelu: bool) -> Source:
         return Source(None, quick_gelu=quick_gelu)
     tag = open_clip.get_pretrained_cfg(config.name, wanted)
     if tag:
-        path = _download(config.name, wanted, tag)
+        path = weights or _download(config.name, wanted, tag)
         return Source(path, tuple(tag["mean"]), tuple(tag["std"]), bool(tag.get("quick_gelu", False)))
     path = Path(wanted).expanduser()
     if path.is_file():
-        return _file_source(path, quick_gelu)
+        found = _file_source(path, quick_gelu)
+        return found if weights is None else replace(found, path=weights)
+    if weights is not None:
+        return _file_source(weights, quick_gelu)
     if path.is_dir() or path.suffix in FILE_TYPES or len(path.parts) > 1:
         raise DataError(
             "There is no such checkpoint file",
@@ -134,16 +138,23 @@ def _file_source(path: Path, quick_gelu: bool) -> Source:
         raise DataError(f"The checkpoint's configuration can't be read: {error}", where=str(beside)) from error
 
 
-def _tower_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of the vision tower, named `visual.*`."""
+def checkpoint_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under open_clip's names; none where it holds something else.
+
+    Raises:
+        DataError: the file is damaged, or holds more than tensors.
+    """
     found = read_checkpoint(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    tensors = {}
-    if isinstance(found, dict):
-        tensors = {
-            str(name).removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)
-        }
+    if not isinstance(found, dict):
+        return {}
+    return {str(name).removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _tower_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of the vision tower, named `visual.*`."""
+    tensors = checkpoint_tensors(path)
     if "class_embedding" in tensors:  # a vision tower saved on its own
         return {f"visual.{name}": tensor for name, tensor in tensors.items()}
     tower = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
