@@ -33,6 +33,7 @@ from mvp_fast.loaders.registry import make_loader
 from mvp_fast.models.student import Student
 from mvp_fast.models.teachers.base import teacher_dtype
 from mvp_fast.models.teachers.build import build_teacher
+from mvp_fast.models.teachers.fp8 import Fp8Linear, quantise
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
@@ -201,6 +202,18 @@ def test_the_step_as_one_graph_is_the_step(mode: str) -> None:
 def test_waiting_is_noticed() -> None:
     with waiting_is_an_error("cuda"), pytest.raises(RuntimeError, match="synchronizing"):
         torch.zeros((), device="cuda").item()
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp8_products_are_those_of_the_rounded(dtype: torch.dtype) -> None:
+    layer, x_BND = Fp8Linear(torch.randn(64, 96), torch.randn(64)).cuda(), torch.randn(3, 7, 96, dtype=dtype).cuda()
+    for start, stop in ((0, None), (16, 48)):
+        values, scale = quantise(x_BND.flatten(0, 1))
+        weight = (layer.values_NK.double() * layer.scale_N1)[start:stop]
+        expected = (values.double() * scale) @ weight.T + layer.bias_N[start:stop]
+        found = layer(x_BND, start, stop).flatten(0, 1)
+        torch.testing.assert_close(found.double(), expected, atol=0.01 * float(expected.abs().max()), rtol=0)
 
 
 @GPU

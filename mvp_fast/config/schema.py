@@ -116,6 +116,9 @@ class TeacherConfig:
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """What a tower computes in; its weights are cast once. auto: fp32 where train.precision is fp32, else fp16 on a GPU
     and bf16 on the CPU. pixels and hog are always fp32."""
+    fp8: bool = False
+    """A tower's linear layers in FP8, with a scale for each token and each channel. The run's header says how near its
+    features come to those without. Needs fp16 or bf16 as precision, and on a GPU compute capability 8.9."""
     graph: bool = True
     """On a GPU: patches, mask and targets as one CUDA graph, without launching kernels one by one."""
     ahead: bool = True

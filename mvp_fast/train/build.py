@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from mvp_fast.config.schema import Config
+from mvp_fast.errors import ConfigError
 from mvp_fast.loaders.registry import describe
 from mvp_fast.models.student import Student, patch_size_of
 from mvp_fast.models.teachers.base import PRECISIONS, Teacher, teacher_dtype
 from mvp_fast.models.teachers.build import build_teacher
+from mvp_fast.models.teachers.fp8 import quantise_linears
+from mvp_fast.models.teachers.tower import TowerTeacher
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train import step_graph
@@ -24,10 +29,16 @@ from mvp_fast.train.run import Run, build_ema, check_kernels, check_micro_batche
 from mvp_fast.train.sharding import check_optimizer, shard
 from mvp_fast.train.step import TrainStep
 
+FP8_IMAGES = 32  # whose features say what FP8 does to them
+
 
 @dataclass(kw_only=True)
 class PretrainRun(Run):
-    """A run that pre-trains `student` against `teacher`."""
+    """A run that pre-trains `student` against `teacher`.
+
+    Attributes:
+        fp8_cosine: with teacher.fp8, of the features with and without, the mean and the least over tokens.
+    """
 
     task = "pretrain"
     part = "student"
@@ -36,6 +47,7 @@ class PretrainRun(Run):
     model: Student
     step: TrainStep
     teacher: Teacher
+    fp8_cosine: tuple[float, float] | None = None
 
     @property
     def student(self) -> Student:
@@ -43,8 +55,9 @@ class PretrainRun(Run):
         return self.model
 
     def about(self) -> dict[str, Any]:
-        """The teacher's fingerprint."""
-        return {"teacher": self.teacher.fingerprint}
+        """The teacher's fingerprint, and what FP8 does to its features."""
+        fp8 = {} if self.fp8_cosine is None else {"teacher_fp8_cosine": list(self.fp8_cosine)}
+        return {"teacher": self.teacher.fingerprint, **fp8}
 
     def state(self) -> dict[str, Any]:
         """What the teacher was, and what the student's head predicts."""
@@ -141,6 +154,8 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Pretrain
         total_steps=count_steps(config, index),
         changed=changed,
     )
+    if config.teacher.fp8:
+        run.fp8_cosine = _quantise_teacher(run)
     if checkpoint is not None and state is not None:
         run.load(checkpoint, state)
     return run
@@ -174,12 +189,37 @@ def _plan(config: Config, plan: SamplePlan, rank: int, world: int) -> SamplePlan
     )
 
 
+def _quantise_teacher(run: PretrainRun) -> tuple[float, float]:
+    """Put the teacher's linear layers into FP8; mean and least cosine of a batch's features with and without."""
+    teacher = run.teacher
+    if not isinstance(teacher, TowerTeacher) or not teacher.lowered:
+        what = f"computes in {teacher.dtype}".replace("torch.", "") if isinstance(teacher, TowerTeacher) else "has none"
+        raise ConfigError(
+            f"FP8 is for the linear layers of a tower in fp16 or bf16, and this teacher {what}",
+            where="teacher.fp8",
+            fix="Set teacher.precision to fp16 or bf16, or leave teacher.fp8 off",
+        )
+    loader = run.build_loader(None)
+    with closing(loader), closing(loader.batches(run.plan, 0)) as batches:  # type: ignore[type-var]
+        images_BHWC = next(batches).images_BHWC[:FP8_IMAGES].to(run.ranks.device)
+    patches_BNP = teacher.patches(images_BHWC)
+    tokens = torch.arange(int(not teacher.has_cls), 1 + patches_BNP.shape[1], device=run.ranks.device)
+    index_BM = tokens.expand(len(images_BHWC), -1).contiguous()
+    before_BMD = teacher(patches_BNP, index_BM)
+    quantise_linears(teacher.blocks)
+    cosine_BM = F.cosine_similarity(teacher(patches_BNP, index_BM).float(), before_BMD.float(), dim=-1)
+    return float(cosine_BM.mean()), float(cosine_BM.min())
+
+
 def _how_targets_are_made(run: PretrainRun) -> str:
     """Precision, then how it runs: `fp16, CUDA graph, one batch ahead`, `fp32, eager`."""
     teacher = run.config.teacher
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == run.teacher.dtype)
     on_gpu = run.ranks.device.type == "cuda"
     how = "CUDA graph" if on_gpu and teacher.graph else "eager"
+    if run.fp8_cosine is not None:
+        mean, least = run.fp8_cosine
+        precision = f"fp8 (cosine to {precision} features {mean:.4f}, least {least:.4f})"
     return f"{precision}, {how}{', one batch ahead' if run.step.ahead else ''}"
 
 

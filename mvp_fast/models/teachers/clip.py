@@ -66,6 +66,11 @@ class ClipTeacher(TowerTeacher):
         conv: nn.Conv2d = self.visual.conv1
         return conv
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks."""
+        return list(self.visual.transformer.resblocks)
+
     def _features(self, x_BND: Tensor, index_BM: Tensor) -> Tensor:
         """From embedded patches on."""
         visual = self.visual
