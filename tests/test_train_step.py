@@ -530,11 +530,21 @@ def in_place_of_backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
 
 
 def fake_steps(
-    monkeypatch: pytest.MonkeyPatch, loss: str, spoil: Callable[[Tensor], object] | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+    spoil: Callable[[Tensor], object] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **teacher_settings: str,
 ) -> NoWaiting:
     # A stream of its own needs a real device: test_gpu.py has that part.
-    config = changed(objective={"loss": loss}, train={"accumulate": 2}, teacher={"graph": False, "ahead": False})
+    config = changed(
+        objective={"loss": loss, "cls": teacher_settings.get("kind") not in ("pixels", "hog")},
+        train={"accumulate": 2},
+        teacher={"graph": False, "ahead": False, **teacher_settings},
+    )
     teacher = build_teacher(config.teacher, grid=(4, 4), image_size=SIDE)
+    if dtype != torch.float32:
+        teacher.lower(dtype)
     student = Student(config.student, target_width=teacher.width, image_size=SIDE)
     rows = make_plan().step(0)
     with fake_gpu() as move:
@@ -561,11 +571,31 @@ def fake_steps(
     return watch
 
 
-@pytest.mark.parametrize("loss", ["cosine", "smooth_l1"])
+@pytest.mark.parametrize("loss", ["cosine", "smooth_l1", "mse"])
 def test_the_host_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     watch = fake_steps(monkeypatch, loss)
     assert watch.waits == []
     assert watch.copies == 2  # the planned stochastic depth, once a step
+
+
+@pytest.mark.parametrize(
+    "teacher_settings",
+    [
+        {"kind": "pixels"},
+        {"kind": "hog"},
+        {"kind": "timm", "name": "vit_tiny_patch16_224"},
+        {"kind": "timm", "name": "vit_small_patch14_reg4_dinov2"},
+        {"kind": "timm", "name": "beit_base_patch16_224"},
+        {"kind": "timm", "name": "vit_small_patch16_dinov3"},
+    ],
+    ids=lambda settings: settings.get("name", settings["kind"]),
+)
+def test_no_teacher_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch, teacher_settings: dict[str, str]) -> None:
+    """So that each can be captured in a CUDA graph, in a type of its own as well."""
+    for dtype in (torch.float32, torch.float16):
+        watch = fake_steps(monkeypatch, "mse", dtype=dtype, **teacher_settings)
+        assert watch.waits == []
+        assert watch.copies == 2
 
 
 def test_waiting_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
