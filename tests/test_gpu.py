@@ -158,7 +158,7 @@ def test_the_host_does_not_wait_in_a_steady_step(device: str, how: str) -> None:
 
 
 @on_devices("how", "graph-ahead", "graph", "ahead")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["clip", *(pytest.param(kind, marks=GPU) for kind in KINDS if kind != "clip")])
 def test_graph_and_side_stream_change_no_result(device: str, how: str, kind: str) -> None:
     """Each batch's inputs and targets as computed plainly, with other work queued behind and before them."""
     (plain, plan, config), (other, *_) = tiny_step(device, kind, **HOW["plain"]), tiny_step(device, kind, **HOW[how])
