@@ -23,6 +23,7 @@ from mvp_fast.config.schema import (
     Config,
     DataConfig,
     MaskConfig,
+    ObjectiveConfig,
     OptimConfig,
     StudentConfig,
     TeacherConfig,
@@ -105,15 +106,30 @@ def test_a_run_learns_and_resumes(train: Callable[..., Any], tmp_path: Path, dev
     assert resumed == (expected if device == "cpu" else pytest.approx(expected, rel=0.02))
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "clip": {"name": "ViT-S-16"},
+    "timm": {"kind": "timm", "name": "vit_tiny_patch16_224"},
+    "timm-eva": {"kind": "timm", "name": "eva02_tiny_patch14_224"},
+    "pixels": {"kind": "pixels"},
+    "hog": {"kind": "hog"},
+}
+
+
 def tiny_step(
-    device: str, mode: Literal["image", "subset"] = "image", step_graph: bool = False, **teacher: bool
+    device: str,
+    kind: str = "clip",
+    *,
+    mode: Literal["image", "subset"] = "image",
+    step_graph: bool = False,
+    **teacher: bool,
 ) -> tuple[TrainStep, SamplePlan, Config]:
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     config = Config(
         data=DataConfig(image_size=64, loader="synthetic"),
         mask=MaskConfig(patches=6, min_block=2),
         student=StudentConfig(width=64, depth=2, heads=2, drop_path=0.3, drop_path_mode=mode),
-        teacher=TeacherConfig("ViT-S-16", "random", **teacher),
+        teacher=TeacherConfig(pretrained="random", **KINDS[kind], **teacher),
+        objective=ObjectiveConfig(cls=kind not in ("pixels", "hog")),
         train=TrainConfig(batch_size=8, accumulate=2, precision="bf16", step_graph=step_graph),
     )
     tower = build_teacher(config.teacher, grid=(4, 4), image_size=64).to(where)
@@ -154,9 +170,10 @@ def test_the_host_does_not_wait_in_a_steady_step(device: str, how: str) -> None:
 
 
 @on_devices("how", "graph-ahead", "graph", "ahead")
-def test_graph_and_side_stream_change_no_result(device: str, how: str) -> None:
+@pytest.mark.parametrize("kind", ["clip", *(pytest.param(kind, marks=GPU) for kind in KINDS if kind != "clip")])
+def test_graph_and_side_stream_change_no_result(device: str, how: str, kind: str) -> None:
     """Each batch's inputs and targets as computed plainly, with other work queued behind and before them."""
-    (plain, plan, config), (other, *_) = tiny_step(device, **HOW["plain"]), tiny_step(device, **HOW[how])
+    (plain, plan, config), (other, *_) = tiny_step(device, kind, **HOW["plain"]), tiny_step(device, kind, **HOW[how])
     loader = make_loader("synthetic", config.data, device=plain.device)
     batches = list(islice(loader.batches(plan, 0), 8))
     generator = torch.Generator(plain.device).manual_seed(1)

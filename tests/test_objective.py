@@ -34,6 +34,8 @@ def slow_loss(config: ObjectiveConfig, pred: Tensor, features: Tensor) -> Tensor
             t = (t - t.mean()) / (t.var(correction=0) + 1e-6).sqrt()
         if config.loss == "cosine":
             losses[b, k] = 1 - (p @ t) / (p.norm() * t.norm())
+        elif config.loss == "mse":
+            losses[b, k] = sum((p[d] - t[d]) ** 2 for d in range(len(p))) / len(p)
         else:
             d = (p - t).abs()
             each = torch.where(d < SMOOTH_L1_BETA, d * d / (2 * SMOOTH_L1_BETA), d - SMOOTH_L1_BETA / 2)
@@ -42,7 +44,7 @@ def slow_loss(config: ObjectiveConfig, pred: Tensor, features: Tensor) -> Tensor
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
+@pytest.mark.parametrize("kind", ["cosine", "smooth_l1", "mse"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_loss_is_the_slow_one(norm: str, kind: str, dtype: torch.dtype) -> None:
     config = ObjectiveConfig(target_norm=norm, loss=kind)
@@ -58,7 +60,7 @@ def test_loss_is_the_slow_one(norm: str, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ["cosine", "smooth_l1"])
+@pytest.mark.parametrize("kind", ["cosine", "smooth_l1", "mse"])
 def test_gradient(norm: str, kind: str) -> None:
     objective = Objective(ObjectiveConfig(target_norm=norm, loss=kind))
     pred, features = pair(2, 3, 4, torch.float64)
@@ -70,11 +72,11 @@ def test_the_choices_differ() -> None:
     pred, features = pair(4, 6)
     losses = {
         (kind, norm): Objective(ObjectiveConfig(loss=kind, target_norm=norm))(pred, features).item()
-        for kind, norm in itertools.product(("cosine", "smooth_l1"), NORMS)
+        for kind, norm in itertools.product(("cosine", "smooth_l1", "mse"), NORMS)
     }
     assert losses["cosine", "l2"] == pytest.approx(losses["cosine", "none"], abs=1e-6)
     del losses["cosine", "none"]
-    assert len({round(loss, 4) for loss in losses.values()}) == 5
+    assert len({round(loss, 4) for loss in losses.values()}) == 8
 
 
 @pytest.mark.parametrize("cls", [True, False])
@@ -110,7 +112,7 @@ def test_no_masked_patch_leaves_cls() -> None:
 
 
 def test_autocast_does_not_lower_the_loss() -> None:
-    for kind in ("cosine", "smooth_l1"):
+    for kind in ("cosine", "smooth_l1", "mse"):
         objective = Objective(ObjectiveConfig(loss=kind, target_norm="layernorm"))
         pred, features = pair(dtype=torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
@@ -127,7 +129,7 @@ def test_kernels_are_used_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mvp_kernels.record() == {"guided_loss": "reference"}
     Objective(ObjectiveConfig(loss="smooth_l1"), impl="reference")(pred, features)
     assert mvp_kernels.record() == {"guided_loss": "reference", "token_norm": "reference"}
-    for kind in ("cosine", "smooth_l1"):
+    for kind in ("cosine", "smooth_l1", "mse"):
         with pytest.raises(mvp_kernels.KernelUnavailable):
             Objective(ObjectiveConfig(loss=kind), impl="triton")(pred, features)
 
@@ -143,6 +145,6 @@ def test_perfect_prediction_costs_nothing() -> None:
     for norm in NORMS:
         target = F.normalize(features, dim=-1) if norm == "l2" else features
         target = F.layer_norm(features, (16,), eps=1e-6) if norm == "layernorm" else target
-        for kind in ("cosine", "smooth_l1"):
+        for kind in ("cosine", "smooth_l1", "mse"):
             found = Objective(ObjectiveConfig(target_norm=norm, loss=kind))(target, features)
             torch.testing.assert_close(found, torch.tensor(0.0), rtol=0, atol=1e-6)

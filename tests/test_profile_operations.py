@@ -52,7 +52,45 @@ def test_a_teachers_operations_are_those_that_torch_counts(name: str, side: int)
     tokens = (side // patch) ** 2 + 1
     every_BK, patches_BNP = torch.arange(tokens).expand(2, -1), torch.randn(2, tokens - 1, 3 * patch**2)
     counted = flops_of(lambda: teacher(patches_BNP, every_BK))
-    assert teacher_tower(teacher).forward(2, 4).flops == pytest.approx(counted, rel=1e-6)
+    tower = teacher_tower(teacher)
+    assert tower is not None
+    assert tower.forward(2, 4).flops == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("vit_tiny_patch16_224", 64),
+        ("vit_small_patch14_reg4_dinov2", 56),
+        ("beit_base_patch16_224", 64),
+        ("eva02_tiny_patch14_224", 56),
+    ],
+)
+def test_a_timm_teachers_operations_are_those_that_torch_counts(name: str, side: int) -> None:
+    teacher = build_teacher(TeacherConfig(name, "random", kind="timm"), grid=(4, 4), image_size=side)
+    every_BK, patches_BNP = torch.arange(17).expand(2, -1), torch.randn(2, 16, 3 * (side // 4) ** 2)
+    counted = flops_of(lambda: teacher(patches_BNP, every_BK))
+    tower = teacher_tower(teacher)
+    assert tower is not None
+    # Of registers, no query and no MLP of the last block where it is pruned.
+    registers = tower.prefix - 1
+    assert tower.forward(2, 4).flops == pytest.approx(counted, rel=1e-6 if registers == 0 else 0.02)
+    assert tower.forward(2, 4).flops >= counted * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "hog"])
+def test_teachers_without_products_are_left_out(kind: str) -> None:
+    config = replace(
+        OTHER.config,
+        data=replace(OTHER.config.data, loader="synthetic"),
+        teacher=TeacherConfig(kind=kind),  # type: ignore[arg-type]
+        objective=replace(OTHER.config.objective, cls=False),
+    )
+    with_clip = replace(OTHER.config, data=config.data)
+    work, other = (operations(build_run(each, CPU, None)) for each in (config, with_clip))
+    assert "teacher" not in work
+    assert products(work) == work["student forward"].flops + work["backward"].flops
+    assert work["patchify"] == other["patchify"]
 
 
 def test_a_linear_layer_reads_input_and_weights_and_writes_its_output_once() -> None:
