@@ -115,15 +115,16 @@ def test_networks_without_a_map() -> None:
 # ---- components and similarity
 
 
-def test_components_are_those_of_numpy() -> None:
-    rows = torch.randn(300, 20, dtype=torch.float64) * torch.linspace(3, 0.1, 20) + 5
-    score_RK, explained_K = principal(rows, 3)
-    centred = rows.numpy() - rows.numpy().mean(0)
-    u, s, vt = np.linalg.svd(centred, full_matrices=False)
-    for k in range(3):
-        expected = u[:, k] * s[k] * np.sign(vt[k, np.abs(vt[k]).argmax()])
-        np.testing.assert_allclose(score_RK[:, k].numpy(), expected, atol=1e-8)
-    np.testing.assert_allclose(explained_K.numpy(), (s**2 / (s**2).sum())[:3])
+@pytest.mark.parametrize("channels", [4, 20, 33])
+def test_components_are_those_of_numpy(channels: int) -> None:
+    for _ in range(4):
+        rows = torch.randn(300, channels, dtype=torch.float64) * torch.linspace(3, 0.1, channels) + 5
+        score_RK, explained_K = principal(rows, 3)
+        u, s, vt = np.linalg.svd(rows.numpy() - rows.numpy().mean(0), full_matrices=False)
+        for k in range(3):
+            expected = u[:, k] * s[k] * np.sign(vt[k, np.abs(vt[k]).argmax()])
+            np.testing.assert_allclose(score_RK[:, k].numpy(), expected, atol=1e-8)
+        np.testing.assert_allclose(explained_K.numpy(), (s**2 / (s**2).sum())[:3])
 
 
 def test_colours_are_joint_and_leave_the_background_out() -> None:
@@ -288,6 +289,8 @@ def test_an_export_and_a_timm_model(scenes: Path, tmp_path: Path, capsys: pytest
     ("words", "code", "message"),
     [
         (["--block", "3"], 2, "There is no block 3"),
+        (["--block", "-4"], 2, "There is no block -4"),
+        (["--pictures", "text"], 2, "and no text"),
         (["--patch", "4,0"], 2, "outside the grid"),
         (["--text", "a red square"], 2, "--text needs a run"),
         (["--text", " "], 2, "A text is empty"),

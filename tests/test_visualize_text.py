@@ -1,4 +1,4 @@
-"""Words on patches: the text tower, the maps, and how well they find what the masks say is there."""
+"""Words on patches: the text tower, the maps, and the verb with --text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mvp_fast.config.load import config_to_dict
 from mvp_fast.config.schema import Config, DataConfig, ObjectiveConfig, StudentConfig, TeacherConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.evaluate.results import read_results
-from mvp_fast.evaluate.visualize import draw, truth
+from mvp_fast.evaluate.visualize import draw
 from mvp_fast.evaluate.visualize.images import from_index
 from mvp_fast.models.student import Student
 from mvp_fast.models.teachers.build import build_teacher
@@ -155,7 +155,7 @@ def test_texts_that_can_not_be_read(config: Config) -> None:
             text_features(clip, texts, templates)
 
 
-# ---- maps and figures
+# ---- maps
 
 
 def test_the_map_finds_the_planted_patch(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,40 +212,6 @@ def test_maps_are_the_cosines(config: Config, target_norm: Any, tmp_path: Path) 
     text_TD = text_features(build_whole_clip(config.teacher), TEXTS)
     expected = torch.stack([F.cosine_similarity(features, text_D, dim=-1) for text_D in text_TD], 1)
     torch.testing.assert_close(teacher_map(side, images_BHWC), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_figures_of_masks(scenes: Path) -> None:
-    """A map made of the masks finds all, its opposite nothing; the coverage is counted pixel by pixel."""
-    index = Index.open(scenes)
-    words = truth.legend(index)
-    assert (words["square"], len(words)) == (8, 10)
-    assert [truth.named(text, words) for text in ("two red Squares", "grass", "a star on a ring", "box")] == [
-        *("square", None, None, None)
-    ]
-    rows = np.flatnonzero(index.label == index.classes.index("square"))[:3]
-    rows = np.r_[rows, np.flatnonzero(index.label == index.classes.index("ring"))[:2]]
-    data = DataConfig(loader="torchvision", image_size=64, threads=1)
-    shown = from_index(index, rows, data, 16, 2 / 3, torch.device("cpu"))  # 64 of 96 pixels: patches are whole pixels
-    covered = truth.coverage(shown, words["square"])
-    for number, key in enumerate(shown.names):
-        with Image.open(scenes / "masks" / Path(key).with_suffix(".png")) as image:
-            mask = np.asarray(image)[16:80, 16:80] == words["square"]
-        expected = mask.reshape(4, 16, 4, 16).mean((1, 3)).ravel()
-        np.testing.assert_allclose(covered[number], expected, atol=1e-6)
-    map_BTM = torch.from_numpy(covered)[:, None].repeat(1, 3, 1) * torch.tensor([0.3, -0.3, 1])[:, None]
-    best, worst = truth.figures(map_BTM, shown, ["a square", "a red square", "grass"], words)
-    assert best["roc_auc"] == best["average_precision"] == pytest.approx(1)
-    assert worst["roc_auc"] == pytest.approx(0)
-    assert best["patches"] == pytest.approx(float((covered >= 0.5).mean()))
-    assert 3 <= best["images_with_it"] <= 5
-    noise_BTM = torch.rand(5, 1, 16) * 2 - 1
-    chance = truth.figures(noise_BTM, shown, ["square"], words)[0]
-    score, of_it = noise_BTM.numpy().ravel(), covered.ravel() >= 0.5
-    assert chance["roc_auc"] == pytest.approx(float((score[of_it][:, None] > score[~of_it]).mean()))
-    precision = [of_it[score >= each].mean() for each in score[of_it]]
-    assert chance["average_precision"] == pytest.approx(float(np.mean(precision)), abs=1e-6)
-    nowhere = words | {"circle": 99}
-    assert truth.figures(noise_BTM, shown, ["circle"], nowhere)[0]["roc_auc"] is None
 
 
 # ---- the verb

@@ -142,8 +142,14 @@ def _check(settings: Settings) -> None:
     for text in settings.texts:
         if not text.strip():
             raise ConfigError("A text is empty", where="--text", fix='Give words, such as --text "a red square"')
-    if settings.with_teacher and not settings.texts:
-        raise ConfigError("--with-teacher is for maps of texts", fix="Give --text too, or leave it out")
+    if not settings.texts and (settings.with_teacher or settings.score_images or settings.pictures == ("text",)):
+        raise ConfigError(
+            "Maps and figures of texts are asked for, and no text",
+            where="--with-teacher, --score-images, --pictures text",
+            fix='Give one, such as --text "a red square"',
+        )
+    if settings.texts and not settings.templates:
+        raise ConfigError("There is no sentence to put the texts into", where="--template", fix="Leave it out")
 
 
 def _images(settings: Settings, backbone: Backbone, device: torch.device) -> tuple[Shown, Index | None]:
