@@ -56,6 +56,10 @@ class Stream(IntEnum):
     """The permutation of an epoch's shards, as ORDER; the block after its rounds says where the epoch begins."""
     WINDOW = 10
     """The permutation within a window (position: a half of the element, and above its 32 bits the window's number)."""
+    SUBSET = 11
+    """Which samples of a class are among the labelled ones of an evaluation (position: the row)."""
+    HELD_OUT = 12
+    """Which training samples an evaluation holds out to choose by (position: the row)."""
 
 
 def philox4x32(
