@@ -107,7 +107,7 @@ def _of_export(path: Path) -> Network:
     try:
         about = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         statistics = about["pretrained_cfg"]
-        arguments = dict(about.get("model_args") or {})
+        arguments = {key: value for key, value in (about.get("model_args") or {}).items() if key != "num_classes"}
         return Network(about["architecture"], arguments, tuple(statistics["mean"]), tuple(statistics["std"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

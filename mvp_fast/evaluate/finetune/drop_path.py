@@ -65,7 +65,7 @@ class PlannedDepth:
             pair = PlannedDropPath(), PlannedDropPath()
             self._drops.append(pair)
             for name, drop in zip(BRANCHES, pair, strict=True):
-                setattr(block, name, drop)
+                setattr(block, name, drop.train(block.training))
 
     def set(self, scale_LSB: Tensor) -> None:
         """Set the factors of a micro-batch; on the model's device."""
