@@ -94,6 +94,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
     [
         ["--help"],
         ["train", "--help"],
+        ["finetune", "--help"],
         ["export", "--help"],
         ["probe", "--help"],
         ["visualize", "--help"],

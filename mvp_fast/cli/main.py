@@ -16,6 +16,7 @@ from mvp_fast.errors import EnvironmentProblem, UserError
 # verb -> (module, one line for the help). A module has main(argv) -> exit code.
 VERBS = {
     "train": ("mvp_fast.cli.train", "pre-train a student against a frozen teacher"),
+    "finetune": ("mvp_fast.cli.finetune", "train a classifier from a pre-trained network, and test it"),
     "visualize": (
         "mvp_fast.cli.visualize",
         "draw attention, features as colour, similarity, and where a text is found",

@@ -60,6 +60,12 @@ class Stream(IntEnum):
     """Which samples of a class are among the labelled ones of an evaluation (position: the row)."""
     HELD_OUT = 12
     """Which training samples an evaluation holds out to choose by (position: the row)."""
+    RAND_AUGMENT = 30
+    """Seeds of an image's RandAugment."""
+    ERASING = 31
+    """Seeds of an image's random erasing."""
+    MIXUP = 32
+    """Seeds of mixup and CutMix (epoch: 0; position: the step)."""
 
 
 def philox4x32(

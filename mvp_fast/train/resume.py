@@ -21,9 +21,9 @@ _FREE = (
     *("teacher.kind", "teacher.name", "teacher.pretrained", "teacher.seed"),  # its fingerprint tells
     *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute", "train.step_graph"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
-    "train.sharding",
+    *("train.sharding", "augmentation.workers", "finetune.test", "finetune.evaluate_every"),
 )
-_KEPT = ("objective.", "optim.name")
+_KEPT = ("objective.", "optim.name", "model.")
 # What plans were before they could be otherwise; see SamplePlan.state.
 _PLAN_BEFORE: dict[str, Any] = {"repeat": 1, "order": "shuffled"}
 _FIX = "Give the settings in the run's config.yaml, or start anew in another --run.dir"
@@ -84,13 +84,13 @@ def check_teacher(state: dict[str, Any], teacher: Teacher, checkpoint: Path) -> 
 
 
 def check_settings(state: dict[str, Any], config: RunSettings, checkpoint: Path) -> list[str]:
-    """A run goes on only with the same objective and the same kind of optimizer.
+    """A run goes on only with the same objective, the same kind of optimizer and the network that it began with.
 
     Returns:
         The other settings that are no longer those of the checkpoint, in words.
 
     Raises:
-        ConfigError: the objective or the optimizer differs.
+        ConfigError: the objective, the optimizer or the network differs.
     """
     # A setting that came after the checkpoint had its default.
     before, now = {**_flat(config_to_dict(type(config)())), **_flat(state["config"])}, _flat(config_to_dict(config))
@@ -98,7 +98,7 @@ def check_settings(state: dict[str, Any], config: RunSettings, checkpoint: Path)
     told = {name: f"{name} was {before.get(name)}, is {now[name]}" for name in changed}
     if kept := [told[name] for name in changed if name.startswith(_KEPT)]:
         raise ConfigError(
-            f"The run can't go on with another objective or optimizer than it began with: {'; '.join(kept)}",
+            f"The run can't go on with another objective, optimizer or network than it began with: {'; '.join(kept)}",
             where=str(checkpoint),
             fix=_FIX,
         )

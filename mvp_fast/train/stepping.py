@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from mvp_fast.errors import DataError
+from mvp_fast.errors import DataError, EnvironmentProblem
 from mvp_fast.loaders.base import Batch, Loader
 from mvp_fast.loaders.prefetch import Prefetcher
 from mvp_fast.train.guards import StopRequest
@@ -52,7 +52,7 @@ class Stepping:
         try:
             with self.run.step.stage("data wait"):
                 batch = next(self.prefetcher)
-        except (DataError, OSError) as error:  # also what the machine refuses, such as another open file
+        except (DataError, EnvironmentProblem, OSError) as error:  # also what the machine refuses, such as a file
             event, failure = Event.DATA_FAILED, error
         if self.stop.requested:
             event = max(event, Event.STOP)
