@@ -22,6 +22,7 @@ from mvp_fast.cli.main import main
 
 AHEAD = (
     "mvp_fast.cli.train",
+    "mvp_fast.evaluate.segment.finish",
     "mvp_fast.loaders.dali",
     "mvp_fast.loaders.torchvision",
     "mvp_fast.train.loop",

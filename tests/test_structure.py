@@ -94,6 +94,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
     [
         ["--help"],
         ["train", "--help"],
+        ["segment", "--help"],
         ["export", "--help"],
         ["data", "--help"],
         ["data", "scenes", "--help"],

@@ -56,6 +56,10 @@ class Stream(IntEnum):
     """The permutation of an epoch's shards, as ORDER; the block after its rounds says where the epoch begins."""
     WINDOW = 10
     """The permutation within a window (position: a half of the element, and above its 32 bits the window's number)."""
+    SEGMENT_COLOUR = 20
+    """Colours of an image in segmentation, two numbers a change (block: a quarter of the number)."""
+    SEGMENT_DROPOUT = 21
+    """Dropped channels of the segmentation heads, one number a channel (block: a quarter of the number)."""
 
 
 def philox4x32(
