@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Train UPerNet on a pre-trained network, and judge it on masks: mIoU, pixel accuracy, IoU of each class.
 
-MODEL, the first word, is a run of `mvp-fast train`, a timm model's name, or a folder of `mvp-fast export`. --segment.train
-and --segment.val are ADE20K's folder, or folders of images with masks (PNG, a class's number a pixel). --from-scratch is
-the control: the same network with fresh weights. --config FILE reads a YAML file (configs/segment_*.yaml),
---print-config shows the settings in force and ends; every other option overrides one setting. Figures come to
-RUN/results.json, pictures to RUN/predictions/.
+MODEL, the first word, is a run of `mvp-fast train`, a timm model's name, or a folder of `mvp-fast export`.
+--segment.train and --segment.val are ADE20K's folder, or folders of images with masks (PNG, a class's number a pixel).
+--from-scratch is the control: the same network with fresh weights. --config FILE reads a YAML file
+(configs/segment_*.yaml), --print-config shows the settings in force and ends; every other option overrides one setting.
+Figures come to RUN/results.json, pictures to RUN/predictions/.
 Under torchrun: torchrun --nproc-per-node 8 -m mvp_fast segment MODEL ..."""
 
 

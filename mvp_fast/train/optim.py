@@ -34,16 +34,16 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: i
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, layer_decay: float | None = None) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optim: OptimConfig, layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """An optimizer from timm's factory; torch's fused implementation where it has one.
 
     Biases, norms, layer scales and everything in `model.no_weight_decay()` have no weight decay. None clips by itself.
 
     Args:
-        model: whose parameters are updated.
-        optim: name, weight decay, betas.
-        layer_decay: each layer learns this share as fast as the one above it (BEiT, arXiv 2106.08254); the layers are
-            those of `model.group_matcher()`, as timm's models have it. None: all learn alike.
+        model: whose parameters it updates.
+        optim: kind and settings.
+        layer_decay: factor of the learning rate from each layer of timm's `model.group_matcher()` to the one before it
+            (BEiT, arXiv 2106.08254): it becomes the groups' `lr_scale`.
 
     Raises:
         ConfigError: timm knows no optimizer of that name, or it takes no such setting.
@@ -60,6 +60,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, layer_decay: float | N
         raise ConfigError(f"There is no optimizer `{optim.name}`", where="optim.name", fix=hint)
     settings: dict[str, object] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "eps": optim.eps}
     settings["betas"] = optim.betas
+    if layer_decay != 1:
+        settings["layer_decay"] = layer_decay
     kind = timm.optim.get_optimizer_info(name).opt_class
     if name in FUSED:
         settings["fused"] = True
@@ -69,9 +71,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, layer_decay: float | N
         settings["max_grad_norm"] = None  # its own default would clip a second time, at 1
     try:
         # timm groups by weight decay only where there is some; one group without it trains the same.
-        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-            model, opt=name, layer_decay=layer_decay, **settings
-        )
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(model, opt=name, **settings)
         apex.prepare(optimizer)
         return optimizer
     except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:

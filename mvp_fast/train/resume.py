@@ -25,7 +25,7 @@ _FREE = (
     *("segment.train", "segment.val", "segment.train_masks", "segment.val_masks", "segment.classes"),
     *("segment.evaluate_every", "segment.window_batch", "segment.predictions"),
 )
-_KEPT = ("objective.", "optim.name", "segment.auxiliary", "segment.layer_decay")
+_KEPT = ("objective.", "optim.name", "segment.auxiliary", "segment.blocks")
 # What plans were before they could be otherwise; see SamplePlan.state.
 _PLAN_BEFORE: dict[str, Any] = {"repeat": 1, "order": "shuffled"}
 _FIX = "Give the settings in the run's config.yaml, or start anew in another --run.dir"

@@ -9,7 +9,6 @@ Shape legend: C classes.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time

@@ -21,6 +21,7 @@ from mvp_fast.evaluate.segment.legend import UNKNOWN, Legend
 from mvp_fast.samples.index import Index
 
 SUFFIX = ".png"
+Values = npt.NDArray[np.unsignedinteger]
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3  # PNG's colour types whose pixels are one number
 _KINDS = {2: "a colour image", 4: "grey with transparency", 6: "a colour image with transparency"}
@@ -49,7 +50,9 @@ class LabelledSet:
         """The mask of a row of the index."""
         return self.masks / (os.path.splitext(self.index.key(sample))[0] + SUFFIX)
 
-    def read(self, sample: int, take: Callable[[npt.NDArray], npt.NDArray] = lambda values_HW: values_HW) -> np.ndarray:
+    def read(
+        self, sample: int, take: Callable[[Values], Values] = lambda values_HW: values_HW
+    ) -> npt.NDArray[np.int16]:
         """The classes of a sample's pixels.
 
         Args:
@@ -64,7 +67,7 @@ class LabelledSet:
         """
         file = self.mask_file(sample)
         values = take(_decode(file, (int(self.index.width[sample]), int(self.index.height[sample]))))
-        classes = self.legend.class_of[values]
+        classes: npt.NDArray[np.int16] = self.legend.class_of[values]
         if (classes == UNKNOWN).any():
             wrong = np.unique(values[classes == UNKNOWN]).tolist()
             shown = ", ".join(map(str, wrong[:5])) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
@@ -110,7 +113,7 @@ class LabelledSet:
         return ""
 
 
-def _decode(file: Path, size: tuple[int, int]) -> npt.NDArray:
+def _decode(file: Path, size: tuple[int, int]) -> Values:
     """The values of a mask, an unsigned type (H, W)."""
     try:
         with Image.open(file, formats=("PNG",)) as image:

@@ -4,8 +4,8 @@ The patch tokens of the four blocks are maps of one size. BEiT makes a pyramid o
 two transposed convolutions, the second twice, the third as it is, the fourth half. segmentation_models_pytorch's
 decoder takes it from there.
 
-Shape legend: B images, H and W pixels, h and w places of a map, C classes, D channels, L blocks, S the two branches of a
-block (attention, MLP).
+Shape legend: B images, H and W pixels, h and w places of a map, C classes (of images: colours), D channels, L blocks,
+S the two branches of a block (attention, MLP).
 """
 
 from __future__ import annotations

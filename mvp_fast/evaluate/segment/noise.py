@@ -21,7 +21,7 @@ from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, uniforms
 from mvp_fast.train.drop_path import scales, to_device
 
-# Greatest change of each, as in mmsegmentation's PhotoMetricDistortion: 32 of 255, factors 1/2 to 3/2, 18 of 180 degrees.
+# Greatest change of each, as in mmsegmentation's PhotoMetricDistortion (its hue: 18 of 180).
 CHANGES = {"brightness": 32 / 255, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
 
 
@@ -55,11 +55,12 @@ def slice_noise(noise: Noise, these: slice) -> Noise:
 
 
 def draw_colours(rows: PlanRows, seed: int) -> npt.NDArray[np.float64]:
-    """For each image the factors of brightness, contrast and saturation (1 for none) and the shift of hue (0): (B, 4)."""
+    """For each image the factors of brightness, contrast and saturation (1: none) and the shift of hue (0): (B, 4)."""
     numbers_B8 = uniforms(seed, Stream.SEGMENT_COLOUR, rows.epoch_B, rows.position_B, 2 * len(CHANGES))
     change_B4 = np.array(list(CHANGES.values())) * (2 * numbers_B8[:, 1::2] - 1)
     drawn_B4 = np.where(numbers_B8[:, ::2] < 0.5, change_B4, 0.0)
-    return drawn_B4 + np.array([1.0, 1.0, 1.0, 0.0])
+    colours_B4: npt.NDArray[np.float64] = drawn_B4 + np.array([1.0, 1.0, 1.0, 0.0])
+    return colours_B4
 
 
 def change_colours(images_BHWC: Tensor, colours_B4: npt.NDArray[np.float64]) -> Tensor:

@@ -64,8 +64,8 @@ class SegmentStep(UpdateStep):
 def pixel_loss(scores_BChw: Tensor, target_BHW: Tensor) -> Tensor:
     """Cross entropy, the mean over all pixels; ignored ones add nothing: float32 ().
 
-    As in mmsegmentation the divisor counts ignored pixels too: a batch without any label has a loss of 0, and means over
-    micro-batches and ranks are those over the whole batch.
+    As in mmsegmentation the divisor counts ignored pixels too: a batch without any label has a loss of 0, and means
+    over micro-batches and ranks are those over the whole batch.
     """
     scores_BCHW = upsample(scores_BChw, target_BHW.shape[1:])
     total = F.cross_entropy(scores_BCHW, target_BHW.long(), ignore_index=IGNORED, reduction="sum")
