@@ -176,6 +176,9 @@ class TrainConfig:
     """bf16 autocast for student and teacher, or float32 throughout."""
     compile: Literal["auto", "blocks", "off"] = "auto"
     """blocks: the student's blocks go through torch.compile, whole and with fixed shapes. auto: on a GPU."""
+    step_graph: bool = False
+    """On one GPU: forward, backward and update as one CUDA graph. It pays where launching kernels takes longer than
+    running them: small batches or students. Needs adamw or adam."""
     recompute: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

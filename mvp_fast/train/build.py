@@ -14,6 +14,7 @@ from mvp_fast.models.student import Student, patch_size_of
 from mvp_fast.models.teacher import PRECISIONS, Teacher, build_teacher, teacher_dtype
 from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.plan import SamplePlan
+from mvp_fast.train import step_graph
 from mvp_fast.train.checkpoint import read_state
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.optim import build_optimizer
@@ -57,9 +58,10 @@ class PretrainRun(Run):
         config, ranks = self.config, self.ranks
         weights = sum(p.numel() for p in self.student.parameters()) / 1e6
         where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        how = f"{' compiled,' if self.student.compiled else ''}{' one CUDA graph,' if self.step.graph else ''}"
         return [
             f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
-            f"{' compiled,' if self.student.compiled else ''} on {ranks.world} x {where}",
+            f"{how} on {ranks.world} x {where}",
             f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {self.teacher.width} channels, frozen,"
             f" {_how_targets_are_made(self)}",
             f"data      {len(self.plan.index):,} images, {describe(config.data, ranks.device)},"
@@ -78,6 +80,8 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Pretrain
         EnvironmentProblem: a kernel implementation was asked for that this machine can't run.
     """
     check_kernels(config, ranks.device)
+    if config.train.step_graph:
+        step_graph.check(config.optim.name, ranks.world)
     if ranks.shares(config.train):
         check_optimizer(config.optim.name)
     state = read_state(checkpoint) if checkpoint else None  # cheap, and may end the attempt before models are built

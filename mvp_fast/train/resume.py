@@ -18,7 +18,7 @@ from mvp_fast.samples.plan import SamplePlan
 _FREE = (
     *("run.", "resume", "data.index", "data.threads", "data.prefetch", "kernels.", "train.device"),
     *("teacher.name", "teacher.pretrained", "teacher.seed"),  # its fingerprint tells
-    *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute"),
+    *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute", "train.step_graph"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
     "train.sharding",
     *("segment.model", "segment.checkpoint", "segment.ema"),  # the backbone's fingerprint tells

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,13 +100,21 @@ class UpdateStep(ABC):
             following: the batch that comes next, where it is there already.
         """
         clear_gradients(self.optimizer)
-        parts = self.parts
-        size = len(batch.rows) // parts
+        size = len(batch.rows) // self.parts
         self.begin(batch)
+        return self.update(lambda part: self.part_loss(batch, following, part, slice(part * size, (part + 1) * size)))
+
+    def update(self, part_loss_of: Callable[[int], Tensor]) -> StepResult:
+        """Forward and backward of each micro-batch, then the update; the gradients must have been cleared.
+
+        Args:
+            part_loss_of: from a micro-batch's number to its mean loss, float32 (), with its graph.
+        """
+        parts = self.parts
         loss = torch.zeros((), device=self.device)
         for part in range(parts):
             with self._gradient_sync(last=part == parts - 1):
-                part_loss = self.part_loss(batch, following, part, slice(part * size, (part + 1) * size))
+                part_loss = part_loss_of(part)
                 # A non-finite loss can have a finite gradient (smooth L1 of an infinite target). Made NaN here, the
                 # gradient tells every rank after its all-reduce, and all of them skip the same update.
                 with self.stage("backward"):

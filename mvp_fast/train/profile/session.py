@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from mvp_fast.train.profile.trace import build_trace, write_trace
 from mvp_fast.train.profile.verdict import judge
 from mvp_kernels import dispatch
 
+GRAPH_LEFT_OUT = "; without train.step-graph, in which no stage can be told from another"
 # What a rank does before it waits for the others, in the backward pass.
 BEFORE_THEY_MEET = ("data wait", "copy", "patchify", "teacher", "student forward", "loss")
 
@@ -57,12 +59,13 @@ def profile(config: Config, ranks: Ranks, steps: int) -> Path:
         raise ConfigError(f"{steps} steps are none to measure", where="--profile", fix="Give 1 or more, or no number")
     folder = Path(config.run.dir) / "profile"
     _check_writable(folder, ranks)
-    run = build_run(config, ranks, None)
+    # Inside a graph no stage can be told from another.
+    run = build_run(replace(config, train=replace(config.train, step_graph=False)), ranks, None)
     kernels = dispatch.resolve(config.kernels.impl, ranks.device.type)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if ranks.is_main:
         told = run.header(kernels)
-        told.append(f"profile   {steps} steps, in {folder}")
+        told.append(f"profile   {steps} steps, in {folder}{GRAPH_LEFT_OUT if config.train.step_graph else ''}")
         console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
     with _progress(ranks.is_main) as tell:
         snapshot = folder / "memory.pickle" if ranks.is_main and ranks.device.type == "cuda" else None
