@@ -154,5 +154,7 @@ def check_segment(settings: SegmentSettings) -> None:
     require(not wrong, "segment.ignore", segment.ignore, "values from 0 to 65535")
     if train.sharding != "none":
         raise ConfigError("train.sharding full is for pre-training alone", fix="Set train.sharding to none")
+    if train.step_graph:
+        raise ConfigError("train.step-graph is for pre-training alone", fix="Set train.step-graph to False")
     if train.compile == "blocks":
         raise ConfigError("train.compile blocks is for pre-training alone", fix="Set train.compile to auto or off")

@@ -16,7 +16,7 @@ from mvp_fast.evaluate.segment.legend import IGNORED
 from mvp_fast.evaluate.segment.network import AUXILIARY_CHANNELS, Noise, Segmenter, upsample
 from mvp_fast.evaluate.segment.noise import change_colours, draw_colours, draw_noise, slice_noise
 from mvp_fast.loaders.base import Batch
-from mvp_fast.train.update import UpdateStep
+from mvp_fast.train.update import StepResult, UpdateStep
 
 
 class SegmentStep(UpdateStep):
@@ -36,6 +36,16 @@ class SegmentStep(UpdateStep):
         self.segment, self.seed = config.segment, config.seed
         self.noise = Noise()
         self.colours_B4: npt.NDArray[np.float64] | None = None
+        norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        self.statistics = [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
+
+    def __call__(self, batch: Batch, following: Batch | None = None) -> StepResult:
+        """Take one step; one whose update is skipped leaves no trace in the batch norms' running statistics either."""
+        before = [statistic.clone() for statistic in self.statistics]
+        result = super().__call__(batch, following)
+        for statistic, old in zip(self.statistics, before, strict=True):
+            statistic.copy_(torch.where(result.finite, statistic, old))
+        return result
 
     def begin(self, batch: Batch) -> None:
         """Draw what the whole batch drops, and its colours."""
