@@ -24,6 +24,7 @@ AHEAD = (
     "mvp_fast.cli.finetune",
     "mvp_fast.cli.train",
     "mvp_fast.evaluate.finetune.build",
+    "mvp_fast.evaluate.segment.finish",
     "mvp_fast.loaders.dali",
     "mvp_fast.loaders.torchvision",
     "mvp_fast.train.loop",

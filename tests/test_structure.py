@@ -95,6 +95,7 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["--help"],
         ["train", "--help"],
         ["finetune", "--help"],
+        ["segment", "--help"],
         ["export", "--help"],
         ["probe", "--help"],
         ["visualize", "--help"],

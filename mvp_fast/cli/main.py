@@ -17,6 +17,7 @@ from mvp_fast.errors import EnvironmentProblem, UserError
 VERBS = {
     "train": ("mvp_fast.cli.train", "pre-train a student against a frozen teacher"),
     "finetune": ("mvp_fast.cli.finetune", "train a classifier from a pre-trained network, and test it"),
+    "segment": ("mvp_fast.cli.segment", "train UPerNet on a pre-trained network, and judge it on masks"),
     "visualize": (
         "mvp_fast.cli.visualize",
         "draw attention, features as colour, similarity, and where a text is found",

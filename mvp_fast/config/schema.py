@@ -142,7 +142,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer and learning rate schedule: linear warm-up, then half a cosine."""
+    """Optimizer and learning rate schedule: linear warm-up, then a decay."""
 
     name: str = "adamw"
     """An optimizer of timm's factory (timm.optim.list_optimizers()). adamw and adam are torch's fused ones; fusedadam,
@@ -152,8 +152,10 @@ class OptimConfig:
     """Peak learning rate at `reference_batch_size`; scaled linearly with train.batch_size."""
     reference_batch_size: int = 2048
     """The batch size for which `lr` holds."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """How it decays after the warm-up: along half a cosine, or along a line (poly, power 1, usual in segmentation)."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine; not scaled."""
+    """Learning rate at the end of the decay; not scaled."""
     warmup_fraction: float = 10 / 300
     """Share of the steps in warm-up (BEiT v2: 10 of 300 epochs)."""
     weight_decay: float = 0.05

@@ -60,6 +60,10 @@ class Stream(IntEnum):
     """Which samples of a class are among the labelled ones of an evaluation (position: the row)."""
     HELD_OUT = 12
     """Which training samples an evaluation holds out to choose by (position: the row)."""
+    SEGMENT_COLOUR = 20
+    """Colours of an image in segmentation, two numbers a change (block: a quarter of the number)."""
+    SEGMENT_DROPOUT = 21
+    """Dropped channels of the segmentation heads, one number a channel (block: a quarter of the number)."""
     RAND_AUGMENT = 30
     """Seeds of an image's RandAugment."""
     ERASING = 31

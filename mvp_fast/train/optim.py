@@ -17,15 +17,19 @@ from mvp_fast.train.sharding import local_part, shard_like
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
-    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine to `min_lr`.
+    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine or a line to `min_lr`.
 
-    The peak is `optim.lr` scaled linearly by batch_size / reference_batch_size (Goyal et al., arXiv 1706.02677).
+    The cosine ends at `min_lr` with the last step, the line (poly, power 1) one step later, so that where `min_lr` is 0
+    the last step still moves the weights. The peak is `optim.lr` scaled linearly by batch_size / reference_batch_size
+    (Goyal et al., arXiv 1706.02677).
     """
     peak = optim.lr * batch_size / optim.reference_batch_size
     floor = min(optim.min_lr, peak)
     warmup = round(total_steps * optim.warmup_fraction)
     if step < warmup:
         return peak * (step + 1) / warmup
+    if optim.schedule == "poly":
+        return floor + (peak - floor) * max(1.0 - (step - warmup) / max(total_steps - warmup, 1), 0.0)
     progress = min((step - warmup) / max(total_steps - warmup - 1, 1), 1.0)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 

@@ -22,8 +22,11 @@ _FREE = (
     *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute", "train.step_graph"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
     *("train.sharding", "augmentation.workers", "finetune.test", "finetune.evaluate_every"),
+    *("segment.model", "segment.checkpoint", "segment.ema"),  # the backbone's fingerprint tells
+    *("segment.train", "segment.val", "segment.train_masks", "segment.val_masks", "segment.classes"),
+    *("segment.evaluate_every", "segment.window_batch", "segment.predictions"),
 )
-_KEPT = ("objective.", "optim.name", "model.")
+_KEPT = ("objective.", "optim.name", "model.", "segment.auxiliary", "segment.blocks")
 # What plans were before they could be otherwise; see SamplePlan.state.
 _PLAN_BEFORE: dict[str, Any] = {"repeat": 1, "order": "shuffled"}
 _FIX = "Give the settings in the run's config.yaml, or start anew in another --run.dir"
