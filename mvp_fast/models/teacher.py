@@ -8,7 +8,6 @@ Shape legend: B images, H and W pixels, C colours, N patches, P pixel values a p
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError
+from mvp_fast.models.clip_settings import model_settings
 from mvp_fast.models.clip_weights import find_source, load_tower
 from mvp_fast.models.patches import input_dtype
 from mvp_fast.models.tower import block
@@ -174,9 +174,9 @@ def build_teacher(
         DataError: the checkpoint file is missing, damaged, or of another model.
         EnvironmentProblem: the weights have to be downloaded, and can't be.
     """
-    model = _model_config(config.name)
+    model = model_settings(config.name)
     vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
-    _check_tower(config.name, vision)
+    check_tower(config.name, vision)
     _check_grid(config.name, vision.patch_size, grid, image_size)
     source = find_source(config, bool(model.get("quick_gelu", False)))
     vision.image_size = (grid[0] * vision.patch_size, grid[1] * vision.patch_size)
@@ -226,19 +226,8 @@ def teacher_dtype(precision: str, train_precision: str, device: torch.device) ->
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-def _model_config(name: str) -> dict[str, Any]:
-    names = open_clip.list_models()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or ["ViT-B-16"]
-        raise ConfigError(
-            f"open_clip has no model named {name!r}", where="teacher.name", fix=f"Did you mean {' or '.join(near)}?"
-        )
-    model: dict[str, Any] = open_clip.get_model_config(name)
-    return model
-
-
-def _check_tower(name: str, vision: open_clip.CLIPVisionCfg) -> None:
-    """Only a plain ViT with a CLS token has `ln_post(token) @ proj` as the feature of every token."""
+def check_tower(name: str, vision: open_clip.CLIPVisionCfg, where: str = "teacher.name") -> None:
+    """ConfigError where it is no plain ViT with a CLS token: else `ln_post(token) @ proj` is no token's feature."""
     obstacle = ""
     if vision.timm_model_name:
         obstacle = f"is timm's {vision.timm_model_name}"
@@ -251,7 +240,7 @@ def _check_tower(name: str, vision: open_clip.CLIPVisionCfg) -> None:
     if obstacle:
         raise ConfigError(
             f"{name} can't be the teacher: its vision tower {obstacle}",
-            where="teacher.name",
+            where=where,
             fix="Take a plain CLIP ViT, such as ViT-B-16 or ViT-L-14",
         )
 

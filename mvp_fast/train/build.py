@@ -10,6 +10,7 @@ import torch
 
 from mvp_fast.config.schema import Config
 from mvp_fast.loaders.registry import describe
+from mvp_fast.models.clip_settings import clip_words
 from mvp_fast.models.student import Student, patch_size_of
 from mvp_fast.models.teacher import PRECISIONS, Teacher, build_teacher, teacher_dtype
 from mvp_fast.objective.guided import Objective
@@ -60,8 +61,8 @@ class PretrainRun(Run):
         return [
             f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
             f"{' compiled,' if self.student.compiled else ''} on {ranks.world} x {where}",
-            f"teacher   {config.teacher.name} ({config.teacher.pretrained}), {self.teacher.width} channels, frozen,"
-            f" {_how_targets_are_made(self)}",
+            f"teacher   {clip_words(config.teacher.name, config.teacher.pretrained)}, {self.teacher.width} channels,"
+            f" frozen, {_how_targets_are_made(self)}",
             f"data      {len(self.plan.index):,} images, {describe(config.data, ranks.device)},"
             f" {config.data.interpolation}, batch {config.train.batch_size}",
             *_sharding(self),
