@@ -94,6 +94,8 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
     [
         ["--help"],
         ["train", "--help"],
+        ["teacher", "--help"],
+        ["teacher", "fit", "--help"],
         ["export", "--help"],
         ["data", "--help"],
         ["data", "scenes", "--help"],

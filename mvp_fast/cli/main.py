@@ -16,6 +16,7 @@ from mvp_fast.errors import EnvironmentProblem, UserError
 # verb -> (module, one line for the help). A module has main(argv) -> exit code.
 VERBS = {
     "train": ("mvp_fast.cli.train", "pre-train a student against a frozen CLIP teacher"),
+    "teacher fit": ("mvp_fast.cli.teacher.fit", "train a small CLIP on images and their captions, to be a teacher"),
     "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
     "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),
     "data index": ("mvp_fast.cli.data.index", "write the Parquet index of a folder of images"),

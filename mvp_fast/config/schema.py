@@ -100,8 +100,8 @@ class TeacherConfig:
     name: str = "ViT-B-16"
     """An open_clip model by name (open_clip.list_models()), or the folder of a run of `mvp-fast teacher fit`."""
     pretrained: str = "openai"
-    """An open_clip tag (needs the network once), the path of a local checkpoint, or `random`. Where the name is a folder,
-    the default stands for the weights in it."""
+    """An open_clip tag (needs the network once), the path of a local checkpoint, or `random`. Where the name is a
+    folder, the default stands for the weights in it."""
     seed: int = 0
     """Seed of the weights where `pretrained` is random."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"

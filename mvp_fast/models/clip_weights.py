@@ -112,8 +112,8 @@ def load_tower(clip: Any, path: Path) -> None:
         raise DataError(
             f"The checkpoint is of another model: {len(wrong)} weights do not fit, first {'; '.join(wrong[:3])}",
             where=f"teacher.pretrained {path}",
-            fix="Give in teacher.name the open_clip model that the checkpoint is of, or the folder that holds it with its"
-            " open_clip_config.json",
+            fix="Give in teacher.name the open_clip model that the checkpoint is of, or the folder that holds it beside"
+            f" {SETTINGS}",
         )
     clip.visual.load_state_dict(state)
 

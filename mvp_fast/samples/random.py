@@ -56,6 +56,8 @@ class Stream(IntEnum):
     """The permutation of an epoch's shards, as ORDER; the block after its rounds says where the epoch begins."""
     WINDOW = 10
     """The permutation within a window (position: a half of the element, and above its 32 bits the window's number)."""
+    CAPTION = 16
+    """Which of an image's captions it is matched with."""
 
 
 def philox4x32(

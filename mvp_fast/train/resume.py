@@ -21,6 +21,7 @@ _FREE = (
     *("teacher.graph", "teacher.ahead", "train.compile", "train.recompute"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.nonfinite_budget"),
     "train.sharding",
+    "fit.",  # what is measured; the captions' fingerprint tells
 )
 _KEPT = ("objective.", "optim.name")
 # What plans were before they could be otherwise; see SamplePlan.state.

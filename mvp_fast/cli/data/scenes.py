@@ -27,8 +27,8 @@ class Options:
     seed: int = 0
     """Decides what is drawn."""
     pairs: Literal["all", "seen", "held-out"] = "all"
-    """Which pairs of colour and shape objects may have: all, all but the held-out ones, or those alone. A set drawn with
-    `seen` to train on and one with `held-out` to test on share no pair, in no object."""
+    """Which pairs of colour and shape objects may have: all, all but the held-out ones, or those alone. A set of
+    `seen` to train on and one of `held-out` to test on share no pair, in no object."""
     holdout_share: float = 0.2
     """Share of the pairs that is held out, the same number of every colour and of every shape."""
     holdout_seed: int = 0
