@@ -66,6 +66,9 @@ class FitConfig:
     """A table (.parquet, .tsv, .jsonl) with the columns key and caption; a key is the image's path in its folder, with
     or without the suffix. Of several captions of an image one is drawn each time. Empty: scenes.parquet beside the
     index."""
+    brief: bool = False
+    """Of scenes: match an image a third of the time each with its caption, with the main object's colour and shape ("a
+    red square"), and with these, its size and its texture. What a prompt asks for is then learnt sooner."""
     test: str = ""
     """The index of images to measure on: recall of captions, and of scenes the zero-shot accuracy."""
     held_out: str = ""

@@ -21,7 +21,9 @@ from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import PlanRows
 from mvp_fast.samples.random import Stream, draws
+from mvp_fast.samples.scenes.caption import phrase
 from mvp_fast.samples.scenes.folder import TABLE
+from mvp_fast.samples.scenes.records import OBJECT_FIELDS
 
 SUFFIXES = (".parquet", ".tsv", ".jsonl")
 _COLUMNS = "two columns of text, key and caption"
@@ -78,18 +80,19 @@ def captions_file(index: Index, given: str, setting: str) -> Path:
     )
 
 
-def read_captions(index: Index, path: Path, context_length: int) -> Captions:
+def read_captions(index: Index, path: Path, context_length: int, brief: bool = False) -> Captions:
     """Read a table and take each sample's captions from it, as tokens of CLIP's own tokenizer.
 
     Args:
         path: .parquet, .tsv or .jsonl with the columns key and caption; rows of other images are passed over.
         context_length: tokens of a text.
+        brief: after each caption come two short ones, of the main object alone; the table must be of scenes.
 
     Raises:
         DataError: the table can't be read, or has no caption for a sample, or an empty one.
         ConfigError: a caption has more tokens than `context_length`.
     """
-    table = _read(path)
+    table = _with_brief(path) if brief else _read(path)
     rows_of: dict[str, list[int]] = {}
     for row, named in enumerate(table.column("key").to_pylist()):
         rows_of.setdefault(str(named), []).append(row)
@@ -134,6 +137,26 @@ def tokenize(texts: list[str], context_length: int, where: str) -> npt.NDArray[n
             fix=f"Set model.context-length to {longest} or more",
         )
     return tokens_KL
+
+
+def _with_brief(path: Path) -> pa.Table:
+    """A table of scenes with three rows an image: its caption, and its main object in few words and in more."""
+    table = _read(path)
+    try:
+        scenes = pq.read_table(path, columns=["objects", "main"])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            "Short captions are of scenes, and this table is of none: it has no columns objects and main",
+            where=f"fit.brief, and {path}",
+            fix="Set fit.brief to False, or put short captions into the table yourself",
+        ) from error
+    keys, captions = [], []
+    for row, scene in zip(table.to_pylist(), scenes.to_pylist(), strict=True):
+        main = scene["objects"][scene["main"]]
+        full = phrase(*(main[name] for name in OBJECT_FIELDS))
+        keys += [row["key"]] * 3
+        captions += [row["caption"], f"a {main['colour']} {main['shape']}", full]
+    return pa.table({"key": keys, "caption": captions})
 
 
 def _read(path: Path) -> pa.Table:

@@ -126,7 +126,8 @@ def build_fit(config: TeacherFitConfig, ranks: Ranks, checkpoint: Path | None) -
         _check_model(state, settings, checkpoint)
         changed = check_settings(state, config, checkpoint)
     length = settings["text_cfg"]["context_length"]
-    captions = read_captions(index, captions_file(index, config.fit.captions, "fit.captions"), length)
+    table = captions_file(index, config.fit.captions, "fit.captions")
+    captions = read_captions(index, table, length, config.fit.brief)
     if state is not None and state["captions"] != captions.fingerprint():
         raise DataError(
             "The checkpoint was trained with other captions",

@@ -97,7 +97,7 @@ class FitStep(UpdateStep):
             return loss.detach() + self.parts * (loss - loss.detach())
 
     def _features(self, model: Any, batch: Batch, these: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of length 1, float32 (B, D), of images and texts, and the scale of their products."""
+        """Features of length 1, in the weights' type (B, D), of images and texts, and the scale of their products."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             image_BD, text_BD, scale = model(pixels(batch.images_BHWC[these]), self._tokens_BL[these])
-        return image_BD.float(), text_BD.float(), scale.float()
+        return image_BD.to(scale.dtype), text_BD.to(scale.dtype), scale
