@@ -96,6 +96,8 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
         ["train", "--help"],
         ["finetune", "--help"],
         ["segment", "--help"],
+        ["teacher", "--help"],
+        ["teacher", "fit", "--help"],
         ["export", "--help"],
         ["probe", "--help"],
         ["visualize", "--help"],

@@ -22,6 +22,7 @@ VERBS = {
         "mvp_fast.cli.visualize",
         "draw attention, features as colour, similarity, and where a text is found",
     ),
+    "teacher fit": ("mvp_fast.cli.teacher.fit", "train a small CLIP on images and their captions, to be a teacher"),
     "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
     "probe": ("mvp_fast.cli.probe", "measure what a frozen network's features are worth: k-NN and linear classifiers"),
     "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),

@@ -105,12 +105,14 @@ class TeacherConfig:
     normalised per patch (MAE, 2111.06377). hog: histograms of oriented gradients of its cells (MaskFeat, 2112.09133).
     The last two have no CLS token (objective.cls False)."""
     name: str = "ViT-B-16"
-    """clip: an open_clip model by name (open_clip.list_models()). timm: a timm model by name, with a tag for weights
-    other than its usual ones (vit_small_patch16_224.dino). Ignored for pixels, hog, and a folder of timm's format."""
+    """clip: an open_clip model by name (open_clip.list_models()), or the folder of a run of `mvp-fast teacher fit`.
+    timm: a timm model by name, with a tag for weights other than its usual ones (vit_small_patch16_224.dino). Ignored
+    for pixels, hog, and a folder of timm's format."""
     pretrained: str = "openai"
-    """clip: an open_clip tag (needs the network once), the path of a local checkpoint, or `random`. timm: `timm` for
-    its own weights (the network, once), the path of a file or of a folder with model.safetensors and config.json
-    (`mvp-fast export` writes one), or `random`. Ignored for pixels and hog."""
+    """clip: an open_clip tag (needs the network once), the path of a local checkpoint, or `random`; where the name is a
+    folder, the default stands for the weights in it. timm: `timm` for its own weights (the network, once), the path of
+    a file or of a folder with model.safetensors and config.json (`mvp-fast export` writes one), or `random`. Ignored
+    for pixels and hog."""
     seed: int = 0
     """Seed of the weights where `pretrained` is random."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"

@@ -60,6 +60,8 @@ class Stream(IntEnum):
     """Which samples of a class are among the labelled ones of an evaluation (position: the row)."""
     HELD_OUT = 12
     """Which training samples an evaluation holds out to choose by (position: the row)."""
+    CAPTION = 16
+    """Which of an image's captions it is matched with."""
     SEGMENT_COLOUR = 20
     """Colours of an image in segmentation, two numbers a change (block: a quarter of the number)."""
     SEGMENT_DROPOUT = 21

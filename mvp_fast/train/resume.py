@@ -25,6 +25,7 @@ _FREE = (
     *("segment.model", "segment.checkpoint", "segment.ema"),  # the backbone's fingerprint tells
     *("segment.train", "segment.val", "segment.train_masks", "segment.val_masks", "segment.classes"),
     *("segment.evaluate_every", "segment.window_batch", "segment.predictions"),
+    "fit.",  # what is measured; the captions' fingerprint tells
 )
 _KEPT = ("objective.", "optim.name", "model.", "segment.auxiliary", "segment.blocks")
 # What plans were before they could be otherwise; see SamplePlan.state.

@@ -11,8 +11,8 @@ import torch
 
 from mvp_fast.errors import ConfigError
 from mvp_fast.evaluate.backbone import Backbone, BackboneSource, load_backbone
-from mvp_fast.export.write import CONFIG
 from mvp_fast.export.timm_format import timm_model
+from mvp_fast.export.write import CONFIG
 from mvp_fast.models.student import Student
 from mvp_fast.train.checkpoint import load_student
 

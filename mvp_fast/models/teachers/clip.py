@@ -8,7 +8,6 @@ Shape legend: B images, N patches, M tokens in the loss, D channels.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.models.teachers.base import check_grid, fingerprint
 from mvp_fast.models.teachers.clip_block import block
+from mvp_fast.models.teachers.clip_settings import clip_words, model_settings
 from mvp_fast.models.teachers.clip_weights import find_source, load_tower
 from mvp_fast.models.teachers.tower import TowerTeacher
 
@@ -108,9 +108,9 @@ def build_clip(
         DataError: the checkpoint file is missing, damaged, or of another model.
         EnvironmentProblem: the weights have to be downloaded, and can't be.
     """
-    model = _model_config(config.name)
+    model = model_settings(config.name)
     vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
-    _check_tower(config.name, vision)
+    check_tower(config.name, vision)
     check_grid(config.name, vision.patch_size, grid, image_size, _fitting(image_size // max(grid)))
     source = find_source(config, bool(model.get("quick_gelu", False)), weights)
     vision.image_size = (grid[0] * vision.patch_size, grid[1] * vision.patch_size)
@@ -131,7 +131,7 @@ def build_clip(
     }
     return ClipTeacher(
         clip.visual,
-        words=f"{config.name} ({config.pretrained})",
+        words=clip_words(config.name, config.pretrained),
         mean=source.mean,
         std=source.std,
         fingerprint=fingerprint(description, clip.visual.state_dict()),
@@ -139,19 +139,8 @@ def build_clip(
     )
 
 
-def _model_config(name: str) -> dict[str, Any]:
-    names = open_clip.list_models()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or ["ViT-B-16"]
-        raise ConfigError(
-            f"open_clip has no model named {name!r}", where="teacher.name", fix=f"Did you mean {' or '.join(near)}?"
-        )
-    model: dict[str, Any] = open_clip.get_model_config(name)
-    return model
-
-
-def _check_tower(name: str, vision: open_clip.CLIPVisionCfg) -> None:
-    """Only a plain ViT with a CLS token has `ln_post(token) @ proj` as the feature of every token."""
+def check_tower(name: str, vision: open_clip.CLIPVisionCfg, where: str = "teacher.name") -> None:
+    """ConfigError where it is no plain ViT with a CLS token: else `ln_post(token) @ proj` is no token's feature."""
     obstacle = ""
     if vision.timm_model_name:
         obstacle = f"is timm's {vision.timm_model_name}"
@@ -164,7 +153,7 @@ def _check_tower(name: str, vision: open_clip.CLIPVisionCfg) -> None:
     if obstacle:
         raise ConfigError(
             f"{name} can't be the teacher: its vision tower {obstacle}",
-            where="teacher.name",
+            where=where,
             fix="Take a plain CLIP ViT, such as ViT-B-16 or ViT-L-14",
         )
 

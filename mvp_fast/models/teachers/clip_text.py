@@ -22,10 +22,9 @@ from torch import Tensor
 
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+from mvp_fast.models.teachers.clip_settings import SETTINGS, clip_folder, model_settings
 from mvp_fast.models.teachers.clip_weights import Source, checkpoint_tensors, find_source, load_tower
 
-SETTINGS = "open_clip_config.json"
-"""Lies beside the weights in folders that open_clip writes; its model_cfg describes the model."""
 # What else may be there, of no account for a text's feature; the last three are numbers in OpenAI's files.
 _NO_WEIGHTS = {"logit_scale", "logit_bias", "attn_mask", "input_resolution", "context_length", "vocab_size"}
 _WANTED = "--text needs a CLIP with both its towers"
@@ -130,14 +129,15 @@ def _settings(config: TeacherConfig, weights: Path | None) -> tuple[dict[str, An
         found = None if path is None else _beside(path)
         if path is not None and found is not None:
             return found, path.parent
-    if config.name in open_clip.list_models():
-        return dict(open_clip.get_model_config(config.name)), None
-    near = difflib.get_close_matches(config.name, open_clip.list_models(), n=1, cutoff=0.6)
-    raise ConfigError(
-        f"The run's teacher {config.name} is no CLIP of open_clip: {_WANTED}",
-        where="teacher.name",
-        fix=(f"Did you mean {near[0]}? " if near else "") + "Take a run with a CLIP teacher, or leave --text out",
-    )
+    folder = clip_folder(config.name)
+    if folder is None and config.name not in open_clip.list_models():
+        near = difflib.get_close_matches(config.name, open_clip.list_models(), n=1, cutoff=0.6)
+        raise ConfigError(
+            f"The run's teacher {config.name} is no CLIP of open_clip: {_WANTED}",
+            where="teacher.name",
+            fix=(f"Did you mean {near[0]}? " if near else "") + "Take a run with a CLIP teacher, or leave --text out",
+        )
+    return model_settings(config.name), folder
 
 
 def _beside(path: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.models.teachers.checkpoint_file import FILE_TYPES, RANDOM, read_checkpoint
+from mvp_fast.models.teachers.clip_settings import SETTINGS, WEIGHTS, clip_folder, takes_own_weights
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Source:
 def find_source(config: TeacherConfig, quick_gelu: bool, weights: Path | None = None) -> Source:
     """Resolve `pretrained`: `random`, a tag (downloaded, or taken from the cache), or the path of a file.
 
+    Where the name is a folder that holds a CLIP, the default stands for the weights in it.
+
     Args:
         config: name and pretrained.
         quick_gelu: what the model named by config.name uses. A tag knows better: `openai` weights need it even where
@@ -55,6 +58,11 @@ def find_source(config: TeacherConfig, quick_gelu: bool, weights: Path | None = 
     wanted = config.pretrained
     if wanted == RANDOM:
         return Source(None, quick_gelu=quick_gelu)
+    folder = clip_folder(config.name)
+    if folder is not None and takes_own_weights(wanted):
+        if not (folder / WEIGHTS).is_file():
+            raise DataError(f"The CLIP's folder has no {WEIGHTS}", where=f"teacher.name {config.name}")
+        return _file_source(folder / WEIGHTS, quick_gelu)
     tag = open_clip.get_pretrained_cfg(config.name, wanted)
     if tag:
         path = weights or _download(config.name, wanted, tag)
@@ -103,7 +111,8 @@ def load_tower(clip: Any, path: Path) -> None:
         raise DataError(
             f"The checkpoint is of another model: {len(wrong)} weights do not fit, first {'; '.join(wrong[:3])}",
             where=f"teacher.pretrained {path}",
-            fix="Give in teacher.name the open_clip model that the checkpoint is of",
+            fix="Give in teacher.name the open_clip model that the checkpoint is of, or the folder that holds it beside"
+            f" {SETTINGS}",
         )
     clip.visual.load_state_dict(state)
 
@@ -122,7 +131,7 @@ def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
 
 def _file_source(path: Path, quick_gelu: bool) -> Source:
     """A local file; open_clip_config.json beside it, as its hub folders have, tells its statistics and activation."""
-    beside = path.with_name("open_clip_config.json")
+    beside = path.with_name(SETTINGS)
     if not beside.is_file():
         return Source(path, quick_gelu=quick_gelu)
     try:
