@@ -83,6 +83,12 @@ def test_features_are_those_of_the_modules(scenes: Path, tmp_path: Path, network
         for way, pooling in enumerate(poolings(backbone)):
             found = torch.from_numpy(features.column(layer, way)[0:30])
             torch.testing.assert_close(found, expected[pooling], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # forward_features ends with the norm of tokens, where there is one
+        expected = {"cls": tokens_BND[:, 0], "mean": tokens_BND[:, prefix:].mean(1)}
+        expected = {pooling: backbone.model.fc_norm(out_BD) for pooling, out_BD in expected.items()}
+    for way, pooling in enumerate(poolings(backbone)):
+        found = torch.from_numpy(features.column(3, way)[0:30])
+        torch.testing.assert_close(found, expected[pooling], atol=1e-5, rtol=1e-5)
     last = torch.from_numpy(features.column(3, poolings(backbone).index(own))[0:30])
     torch.testing.assert_close(last, pooled_BD, atol=1e-5, rtol=1e-5)
 

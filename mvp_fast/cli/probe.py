@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mvp_fast.cli.parse import parse
-from mvp_fast.errors import ConfigError
+from mvp_fast.errors import ConfigError, EnvironmentProblem
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,8 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns its exit code."""
     options = parse(Options, argv, "probe")
 
+    import torch
+
     from mvp_fast.config.schema import TrainConfig
     from mvp_fast.evaluate.backbone import BackboneSource, load_backbone
     from mvp_fast.evaluate.probe import RESULTS, probe
@@ -101,7 +103,15 @@ def main(argv: list[str]) -> int:
     print(f"network   {backbone.words}, {backbone.image_size} px, {settings.extraction.precision} on {device.type}")
     print(f"train     {train.path}: {len(train):,} images")
     print(f"test      {test.path}: {len(test):,} images")
-    results = probe(backbone, train, test, settings, out, device, overwrite=options.overwrite)
+    try:
+        results = probe(backbone, train, test, settings, out, device, overwrite=options.overwrite)
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"The GPU's memory is too small: {str(error).partition('.')[0]}",
+            where=f"--batch-size {options.batch_size}, --head-batch-size {options.head_batch_size}",
+            fix="Lower the one for making features, the other and the number of --lr for the linear classifiers;"
+            " features that are finished are kept",
+        ) from error
     _show(results)
     print(f"results   {out / RESULTS}")
     return 0
