@@ -218,17 +218,30 @@ def test_maps_are_the_cosines(config: Config, target_norm: Any, tmp_path: Path) 
 
 
 def test_a_run_that_was_trained(
-    clip_file: Path, scenes: Path, tiny: dict[str, Any], launcher: Launcher, tmp_path: Path
+    scenes: Path,
+    tiny: dict[str, Any],
+    launcher: Launcher,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From training against a checkpoint to the picture of a text, in processes of their own, nothing named twice."""
+    """From training against a checkpoint to the picture of a text, nothing named twice."""
     settings = {"embed_dim": 384, "vision_cfg": open_clip.get_model_config("ViT-S-16")["vision_cfg"], "text_cfg": TEXT}
     path = save_clip(tmp_path / "clip", make_clip(settings, 2), settings)
     named = {**tiny, "teacher.pretrained": path, "data.index": scenes, "run.dir": tmp_path / "run", "train.steps": 2}
     launcher.run("train", *arguments(named))
-    drawn = launcher.run(
-        *("visualize", tmp_path / "run", "--images", 4, "--score-images", 48, "--loader", "torchvision"),
-        *("--text", "a red square", "a ring", "grass", "--template", "a photo of {}", "{}", "--out", tmp_path / "out"),
-    )
+    words = ["visualize", tmp_path / "run", "--images", 4, "--score-images", 48, "--loader", "torchvision"]
+    words += [
+        "--text",
+        "a red square",
+        "a ring",
+        "grass",
+        "--template",
+        "a photo of {}",
+        "{}",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert main([str(word) for word in words]) == 0
     results = read_results(tmp_path / "out" / "results.json")
     assert results["pictures"] == ["attention.png", "pca.png", "similarity.png", "text.png"]
     assert results["backbone"]["step"] == 2
@@ -236,7 +249,7 @@ def test_a_run_that_was_trained(
     for row in results["text"]["text"]["figures"]:
         assert row["images"] == 48
         assert 0 <= row["roc_auc"] <= 1
-    assert "“a red square”: square in" in drawn.out
+    assert "“a red square”: square in" in capsys.readouterr().out
     for name in results["pictures"]:
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.height > 4 * 224
