@@ -1,9 +1,8 @@
-"""Whole runs of `mvp-fast segment`, on small scenes: what they learn, how they resume, and what they say of bad input."""
+"""Whole runs of `mvp-fast segment`, on small scenes: what they learn, how they go on, what they say of bad input."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,8 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mvp_fast.cli.main import main
 from mvp_fast.config.load import load_settings
 from mvp_fast.config.segment import SegmentSettings
+from mvp_fast.errors import DataError, Preempted
+from mvp_fast.evaluate.backbone import BackboneSource, load_backbone
 from mvp_fast.evaluate.results import read_results
 from mvp_fast.evaluate.segment.finish import finish
 from mvp_fast.evaluate.segment.run import SegmentRun, build_segment_run
@@ -45,24 +47,43 @@ def few(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def segment(launcher: Launcher, few: Path, network: Path) -> Segment:
-    """Start a run in a folder; keywords override settings, `__` standing for the dot."""
+Words = Callable[..., list[Any]]
 
-    def call(run: Path, *words: Any, model: Any = network, ranks: int = 1, **overrides: Any) -> Process:
+
+@pytest.fixture(scope="module")
+def words(few: Path, network: Path) -> Words:
+    """The command line of a run in a folder; keywords override settings, `__` standing for the dot."""
+
+    def write(run: Path, *more: Any, model: Any = network, **overrides: Any) -> list[Any]:
         named = {name.replace("__", ".").replace("_", "-"): value for name, value in overrides.items()}
         sets = {"segment.train": few, "segment.val": few, "train.steps": STEPS, "run.dir": run}
-        every = ["segment", model, *words, *arguments({**TINY, **sets, **named})]
-        return launcher.start_ranks([every] * ranks)[0] if ranks == 1 else _first(launcher, every, ranks)
+        several = {name: value for name, value in named.items() if isinstance(value, tuple)}
+        one = {name: value for name, value in {**TINY, **sets, **named}.items() if name not in several}
+        many = [word for name, values in several.items() for word in (f"--{name}", *values)]
+        return ["segment", model, *more, *arguments(one), *many]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def segment(launcher: Launcher, words: Words) -> Segment:
+    """Start a run in a process of its own; see `words`."""
+    return lambda *given, **overrides: launcher.start(*words(*given, **overrides))
+
+
+@pytest.fixture
+def fail(words: Words, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run in this process something that can't be done; the one paragraph that it says. Overrides as `words`."""
+
+    def call(code: int, *given: Any, **overrides: Any) -> str:
+        capsys.readouterr()
+        assert main(list(map(str, words(*given, **overrides)))) == code
+        said = capsys.readouterr().err
+        assert said.startswith("mvp-fast segment: ")
+        assert said.count("\n") == 1, said
+        return said
 
     return call
-
-
-def _first(launcher: Launcher, words: list[Any], ranks: int) -> Process:
-    processes = launcher.start_ranks([words] * ranks)
-    for process in processes[1:]:
-        assert process.wait() == 0, process.err
-    return processes[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +110,7 @@ def built(run: Path, checkpoint: Path | None = None) -> SegmentRun:
 
 
 def test_a_few_scenes_are_learnt(segment: Segment, few: Path, tmp_path: Path) -> None:
-    """From fresh weights to most of the pixels of four scenes: images, masks, network, loss and figures fit together."""
+    """From fresh weights to most pixels of four scenes: images, masks, network, loss and figures fit together."""
     process = segment(
         tmp_path / "run",
         "--from-scratch",
@@ -97,7 +118,7 @@ def test_a_few_scenes_are_learnt(segment: Segment, few: Path, tmp_path: Path) ->
         train__log_every=40,
         train__checkpoint_every=0,
         segment__evaluate_every=0,
-        segment__scale="1 1",
+        segment__scale=(1, 1),
         segment__photometric=False,
         segment__dropout=0,
         segment__drop_path=0,
@@ -186,9 +207,7 @@ def losses_of(run: Path) -> dict[int, float]:
 
 
 def test_the_last_evaluation_goes_on_where_it_was_killed(whole: Path, tmp_path: Path) -> None:
-    """Stopped after one image and after three: counts are kept, no image counts twice, and then nothing is left to do."""
-    from mvp_fast.errors import Preempted
-
+    """Stopped after one image and after three: counts are kept, no image counts twice, then nothing is left to do."""
     copied = Path(shutil.copytree(whole, tmp_path / "run"))
     config = (copied / "config.yaml").read_text().replace(str(whole), str(copied))
     (copied / "config.yaml").write_text(config)
@@ -234,14 +253,11 @@ def test_a_complete_run_only_judges(segment: Segment, whole: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_the_same(segment: Segment, tmp_path: Path) -> None:
-    """Batch norm alone sees other batches; with its layers frozen out of the first loss, that loss is the same.
-
-    The figures are added up over the ranks: each image counts once.
-    """
-    settings: dict[str, Any] = {"train__steps": 2, "train__checkpoint_every": 0, "segment__evaluate_every": 1}
-    processes = [segment(tmp_path / str(ranks), ranks=ranks, **settings) for ranks in (1, 2)]
-    for process in processes:
+def test_two_ranks_draw_the_same(launcher: Launcher, words: Words, tmp_path: Path) -> None:
+    """Batch norm alone sees other batches, so losses are near each other, not equal; each image counts once."""
+    settings: dict[str, Any] = {"train__steps": 2, "train__checkpoint_every": 1, "segment__evaluate_every": 1}
+    given = {ranks: words(tmp_path / str(ranks), **settings) for ranks in (1, 2)}
+    for process in launcher.start_ranks([given[1]]) + launcher.start_ranks([given[2]] * 2):
         assert process.wait() == 0, process.err
     one, two = (read_results(tmp_path / str(ranks) / "results.json") for ranks in (1, 2))
     assert sum(each["pixels"] for each in two["per_class"].values()) == 4 * 96 * 96
@@ -250,6 +266,11 @@ def test_two_ranks_draw_the_same(segment: Segment, tmp_path: Path) -> None:
     }
     first = [losses_of(tmp_path / str(ranks))[1] for ranks in (1, 2)]
     assert first[0] == pytest.approx(first[1], rel=0.2)
+    # Of the batch norm that no other precedes, the ranks' mean is the whole batch's: what was drawn is the same.
+    name = "segmenter:pyramid.0.1.running_mean"
+    means = [tensors(tmp_path / str(ranks) / "checkpoints" / "step-00000001")[name] for ranks in (1, 2)]
+    torch.testing.assert_close(*means, atol=1e-6, rtol=1e-4)
+    assert float(means[0].abs().max()) > 1e-3
     assert len(read_metrics(tmp_path / "2")) == 4
 
 
@@ -269,47 +290,31 @@ def test_a_pre_training_run_is_segmented(
     ]
     assert fingerprints[0] != fingerprints[1]
     # A segmentation run is no pre-training run.
-    process = segment(tmp_path / "again", model=tmp_path / "run")
-    assert process.wait() == 3
-    assert "of no pre-trained student, but of a run of the task segment" in process.err
+    with pytest.raises(DataError, match="of no pre-trained student, but of a run of the task segment"):
+        load_backbone(BackboneSource(str(tmp_path / "run")))
 
 
-def told(process: Process, code: int) -> str:
-    assert process.wait() == code, f"{process.out}\n{process.err}"
-    assert process.err.startswith("mvp-fast segment: ")
-    assert process.err.count("\n") == 1, process.err
-    return process.err
-
-
-def test_bad_input_gets_one_paragraph(segment: Segment, few: Path, network: Path, whole: Path, tmp_path: Path) -> None:
+def test_bad_input_gets_one_paragraph(fail: Callable[..., str], few: Path, whole: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(few, tmp_path / "bad"))
     masks = sorted((bad / "masks").rglob("*.png"))
     masks[0].unlink()
-    started = {
-        "missing": segment(tmp_path / "1", segment__train=bad),
-        "batch": segment(tmp_path / "2", train__batch_size=1),
-        "size": segment(tmp_path / "3", data__image_size=72),
-        "network": segment(tmp_path / "4", model="vit_tinny_patch16_224"),
-        "old": segment(whole),
-        "lr": segment(tmp_path / "5", segment__blocks="0 1 2 9"),
-    }
-    for process in started.values():
-        process.wait()
-    assert "1 of 4 masks can't be used" in told(started["missing"], 3)
-    assert str(masks[0]) in started["missing"].err
-    assert "2 images or more" in told(started["batch"], 2)
-    assert "Take a multiple of 16" in told(started["size"], 2)
-    assert "Did you mean vit_tiny_patch16_224" in told(started["network"], 2)
-    assert "already holds a run" in told(started["old"], 2)
-    assert "no block 9" in told(started["lr"], 2)
+    said = fail(3, tmp_path / "1", segment__train=bad)
+    assert "1 of 4 masks can't be used" in said
+    assert str(masks[0]) in said
+    assert "2 images or more" in fail(2, tmp_path / "2", train__batch_size=1)
+    assert "Take a multiple of 16" in fail(2, tmp_path / "3", data__image_size=72)
+    assert "Did you mean vit_tiny_patch16_224" in fail(2, tmp_path / "4", model="vit_tinny_patch16_224")
+    assert "no block 9" in fail(2, tmp_path / "5", segment__blocks=(0, 1, 2, 9))
+    assert "already holds a run" in fail(2, whole)
 
 
-def test_a_bad_value_on_the_way_loses_nothing(segment: Segment, few: Path, tmp_path: Path) -> None:
+def test_a_bad_value_on_the_way_loses_nothing(
+    fail: Callable[..., str], segment: Segment, few: Path, tmp_path: Path
+) -> None:
     bad = Path(shutil.copytree(few, tmp_path / "bad"))
     for file in sorted((bad / "masks").rglob("*.png"))[:1]:
         Image.fromarray(np.full((96, 96), 77, np.uint8)).save(file)
-    process = segment(tmp_path / "run", segment__train=bad, train__steps=50)
-    message = told(process, 3)
+    message = fail(3, tmp_path / "run", segment__train=bad, train__steps=50)
     assert "values that mean nothing: 77" in message
     assert str(file) in message
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")
@@ -320,29 +325,24 @@ def test_a_bad_value_on_the_way_loses_nothing(segment: Segment, few: Path, tmp_p
     assert process.wait() == 0, process.err
 
 
-def test_going_on_with_something_else(segment: Segment, whole: Path, tmp_path: Path) -> None:
+def test_going_on_with_something_else(fail: Callable[..., str], whole: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(whole, tmp_path / "run"))
-    other = export(tmp_path / "other")
-    started = {
-        "network": segment(copied, resume="auto", model=other, train__steps=8),
-        "scale": segment(copied, resume="auto", segment__scale="1 2", train__steps=8),
-        "blocks": segment(copied, resume="auto", segment__blocks="0 0 1 3", train__steps=8),
-    }
-    for process in started.values():
-        process.wait()
-    assert "began with another network" in told(started["network"], 3)
-    assert "scale was [0.5, 2.0], is [1.0, 2.0]" in told(started["scale"], 2)
-    assert "segment.blocks was" in told(started["blocks"], 2)
+    resumed: dict[str, Any] = {"resume": "auto", "train__steps": 8}
+    said = fail(3, copied, model=export(tmp_path / "other"), **resumed)
+    assert "began with another network" in said
+    assert "scale was [0.5, 2.0], is [1.0, 2.0]" in fail(2, copied, segment__scale=(1, 2), **resumed)
+    assert "segment.blocks was" in fail(2, copied, segment__blocks=(0, 0, 1, 3), **resumed)
 
 
-def test_the_command_line(segment: Segment, network: Path, few: Path, tmp_path: Path) -> None:
+def test_the_command_line(
+    words: Words, network: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """MODEL is the first word or a setting; --print-config shows what is in force and loads nothing."""
     (tmp_path / "config.yaml").write_text(f"segment: {{model: {network}, stride: 32}}\n")
-    process = segment(tmp_path / "run", "--config", tmp_path / "config.yaml", "--print-config", model="--from-scratch")
-    assert process.wait() == 0, process.err
-    (tmp_path / "printed.yaml").write_text(process.out)
+    given = words(tmp_path / "run", "--config", tmp_path / "config.yaml", "--print-config", model="--from-scratch")
+    assert main(list(map(str, given))) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     printed = load_settings(SegmentSettings, tmp_path / "printed.yaml")
     assert (printed.segment.model, printed.segment.stride, printed.segment.from_scratch) == (str(network), 32, True)
     assert printed.segment.train == str(few)
     assert not (tmp_path / "run").exists()
-    assert os.path.exists(network)
