@@ -106,6 +106,8 @@ class Backbone(nn.Module):
         )
         # timm gives pairs where there are prefix tokens (CLS first, then registers), else the patches alone.
         pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
+        if getattr(self.model, "cls_token", None) is None:  # registers alone
+            return [BlockTokens(None, patches_BND) for patches_BND, _ in pairs]
         return [BlockTokens(None if prefix is None else prefix[:, 0], patches_BND) for patches_BND, prefix in pairs]
 
 
