@@ -261,6 +261,26 @@ def test_what_a_run_begins_from(
     assert load_backbone(BackboneSource(str(tmp_path / "timm"))).width == 192
 
 
+def test_a_bad_test_set_loses_nothing(start: Start, held_set: Path, tmp_path: Path) -> None:
+    """Training goes on to its last checkpoint; then the failure is told, and a mended set is tested."""
+    folder, run = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(held_set, folder)
+    good = {file: file.read_bytes() for file in sorted((folder / "star").glob("*.jpg"))}
+    for file, data in good.items():
+        file.write_bytes(bytes(len(data)))
+    settings = {"finetune__test": folder, "train__steps": 2, "finetune__evaluate_every": 0.08}
+    process = end(start(run, augmentation__rand_augment="", **settings), 3)
+    assert process.err.splitlines()[0].startswith("the test failed, training goes on: ")
+    assert process.err.splitlines()[-1].startswith("mvp-fast finetune: data error: ")
+    assert list(losses(run)) == [1, 2]
+    assert (run / "bad_test_samples.jsonl").exists()
+    assert not (run / "results.json").exists()
+    for file, data in good.items():
+        file.write_bytes(data)
+    end(start(run, augmentation__rand_augment="", resume="auto", **settings))
+    assert read_results(run / "results.json")["images"]["test"] == 30
+
+
 def test_refusals(start: Start, scenes: Path, held_set: Path, tmp_path: Path) -> None:
     """Bad input: one paragraph and the documented exit code, and no run is begun."""
     less, flat, empty = tmp_path / "less", tmp_path / "flat", tmp_path / "empty"

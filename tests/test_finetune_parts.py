@@ -191,6 +191,20 @@ def test_rand_augment_does_not_depend_on_its_processes(scenes: Path) -> None:
     plain.close()  # type: ignore[attr-defined]
 
 
+def test_every_magnitude_can_be_drawn() -> None:
+    """At the greatest, timm posterizes to 0 bits, which Pillow refuses: the image is black then."""
+    transform = augment_worker.make_transform("rand-m10-p1-n1-inc1", 16, MEAN, "bicubic")
+    image_HWC = np.random.default_rng(0).integers(1, 255, (16, 16, 3), dtype=np.uint8)
+    seeds_B4 = draws(0, Stream.RAND_AUGMENT, 0, np.arange(150), 0)
+    found = [augment_worker.augment(transform, image_HWC, seed_4) for seed_4 in seeds_B4]
+    black = sum(not each.any() for each in found)
+    assert 1 <= black <= 25
+    (op,) = (op for op in transform.ops if op.name == "PosterizeIncreasing")
+    for bits in (1, 4, 8):
+        expected_HWC = image_HWC & (256 - 2 ** (8 - bits))
+        assert np.array_equal(np.asarray(op.aug_fn(Image.fromarray(image_HWC), bits)), expected_HWC)
+
+
 def test_a_process_that_dies_is_told(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(augment_worker, "work", _die)
     with pytest.raises(EnvironmentProblem, match="augments images died"):

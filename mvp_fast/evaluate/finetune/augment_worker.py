@@ -55,7 +55,11 @@ def make_transform(policy: str, image_size: int, mean: tuple[float, ...], interp
 
 
 def _auto_augment() -> ModuleType:
-    """timm/data/auto_augment.py as a module of its own; it needs Pillow and numpy alone."""
+    """timm/data/auto_augment.py as a module of its own; it needs Pillow and numpy alone.
+
+    At its greatest magnitude timm asks for posterizing to 0 bits, which made an image black until Pillow began to
+    refuse it; here it still does.
+    """
     package = importlib.util.find_spec("timm")
     assert package is not None
     assert package.origin is not None
@@ -65,6 +69,15 @@ def _auto_augment() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    posterize = module.posterize
+
+    def any_bits(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+        if bits < 1:
+            return Image.new(image.mode, image.size)
+        posterized: Image.Image = posterize(image, bits, **settings)
+        return posterized
+
+    module.NAME_TO_OP.update({name: any_bits for name, op in module.NAME_TO_OP.items() if op is posterize})
     return module
 
 
