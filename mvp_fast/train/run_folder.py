@@ -10,6 +10,7 @@ RUN/
     checkpoints/step-XXXXXXXX/
     profile/              what `mvp-fast train --profile` found; see profile/session.py
     export/
+    model/                the CLIP that `mvp-fast teacher fit` trained, in open_clip's hub format; with results.json
 """
 
 from __future__ import annotations

@@ -136,13 +136,17 @@ def recall(image_ND: Tensor, text_ND: Tensor, same_N: Tensor) -> Figures:
 
 def prompt_features(clip: Any, config: TeacherFitConfig, ranks: Ranks) -> Tensor:
     """Of each colour with each shape, such as "a red square", over all templates: (colours, shapes, D), of length 1."""
+    found = _text_features(clip, prompt_tokens(clip.context_length), config, ranks)
+    means = found.unflatten(0, (len(COLOURS), len(SHAPES), len(TEMPLATES))).mean(2)
+    return F.normalize(means, dim=-1)
+
+
+def prompt_tokens(context_length: int) -> Tensor:
+    """The prompts of all pairs, int32 (colours * shapes * T, L); ConfigError where `context_length` is too short."""
     texts = [
         template.replace("{}", f"{colour} {shape}") for colour in COLOURS for shape in SHAPES for template in TEMPLATES
     ]
-    tokens = torch.from_numpy(tokenize(texts, clip.context_length, "the prompts of the zero-shot check"))
-    found = _text_features(clip, tokens, config, ranks)
-    means = found.unflatten(0, (len(COLOURS), len(SHAPES), len(TEMPLATES))).mean(2)
-    return F.normalize(means, dim=-1)
+    return torch.from_numpy(tokenize(texts, context_length, "the prompts of the zero-shot check"))
 
 
 def _text_features(clip: Any, tokens_NL: Tensor, config: TeacherFitConfig, ranks: Ranks) -> Tensor:

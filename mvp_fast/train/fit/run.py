@@ -21,13 +21,14 @@ from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train.checkpoint import find_checkpoint, read_state
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.fit.captions import Captions, captions_file, read_captions
-from mvp_fast.train.fit.measure import Figures, TestSet, measure
+from mvp_fast.train.fit.measure import Figures, TestSet, measure, prompt_tokens
 from mvp_fast.train.fit.scene_truth import check_held_out, read_truth, scenes_table
 from mvp_fast.train.fit.step import FitStep
 from mvp_fast.train.optim import build_optimizer
 from mvp_fast.train.parts import read_part
 from mvp_fast.train.resume import check_plan, check_settings, check_task
 from mvp_fast.train.run import Run, build_ema, check_kernels, check_micro_batches, count_steps, open_index
+from mvp_fast.train.sinks import Metrics
 
 
 @dataclass(kw_only=True)
@@ -91,14 +92,14 @@ class FitRun(Run):
         every, last = self.config.fit.evaluate_every, self.steps_done == self.total_steps
         return bool(self.tests) and (last or (every > 0 and self.steps_done % every == 0))
 
-    def evaluate(self, stopped: Callable[[], bool]) -> dict[str, Any]:
+    def evaluate(self, stopped: Callable[[], bool]) -> Metrics:
         """Zero-shot accuracy and recall of the weights that would be written now."""
         last = self.steps_done == self.total_steps  # what the run is for: not broken off
         clip = self.model if self.ema is None else self.ema.module
         figures = measure(clip, self.tests, self.config, self.ranks, (lambda: False) if last else stopped)
         if figures:
             self.figures = {"step": self.steps_done, **figures}
-        return dict(figures)
+        return {**figures}
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint whose `state` was found to fit."""
@@ -174,6 +175,8 @@ def open_tests(config: TeacherFitConfig, train: Index, length: int) -> list[Test
                 raise DataError("The set held out is no set of scenes", where=f"fit.held-out {given}")
             check_held_out(scenes_table(train), scenes)
         found = read_captions(index, captions_file(index, captions, "fit.test-captions"), length)
+        if scenes is not None:
+            prompt_tokens(length)  # too long for the model? Better now than when it is trained
         tests.append(TestSet(name, index, found, None if scenes is None else read_truth(index, scenes)))
     return tests
 
