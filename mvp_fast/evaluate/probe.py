@@ -275,9 +275,10 @@ def _notes(train: Labelled, test: Labelled, doubles: int, how: ProbeSettings) ->
     """What a reader of the figures should know."""
     notes = []
     if doubles:
-        notes.append(f"{doubles:,} of the test images are in the training set, byte for byte: the figures are too good")
+        some = "1 test image is" if doubles == 1 else f"{doubles:,} test images are"
+        notes.append(f"{some} in the training set too, byte for byte: the figures are too good")
     notes += [
-        f"{len(each.undecoded):,} images of the {name} set did not decode and are left out, such as {each.undecoded[0]}"
+        f"not decoded and left out of the {name} set: {len(each.undecoded):,}, such as {each.undecoded[0]}"
         for name, each in (("training", train), ("test", test))
         if each.undecoded
     ]
