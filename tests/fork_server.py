@@ -21,7 +21,10 @@ from typing import Any
 from mvp_fast.cli.main import main
 
 AHEAD = (
+    "mvp_fast.cli.finetune",
     "mvp_fast.cli.train",
+    "mvp_fast.evaluate.finetune.build",
+    "mvp_fast.evaluate.segment.finish",
     "mvp_fast.loaders.dali",
     "mvp_fast.loaders.torchvision",
     "mvp_fast.train.loop",

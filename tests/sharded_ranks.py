@@ -29,7 +29,7 @@ from mvp_fast.config.schema import (
     TeacherConfig,
     TrainConfig,
 )
-from mvp_fast.train.build import Run, build_loader, build_run
+from mvp_fast.train.build import PretrainRun, build_run
 from mvp_fast.train.distributed import Ranks, join_ranks
 from mvp_fast.train.optim import clip_scale
 from mvp_fast.train.sharding import gather, local_part, norm_of_shards
@@ -48,10 +48,14 @@ BASE = Config(
 )
 # A poisoned loss whose gradient is finite: that of smooth L1 of an infinite target.
 SMOOTH = ObjectiveConfig(target_norm="none", loss="smooth_l1")
+FP32 = replace(BASE.train, precision="fp32")
+SUBSET = replace(BASE.student, drop_path_mode="subset")
 CASES: dict[str, tuple[Config, bool]] = {
     "fp32": (replace(BASE, train=replace(BASE.train, precision="fp32", accumulate=2)), False),
     "bf16": (replace(BASE, train=replace(BASE.train, precision="bf16")), False),
-    "poisoned": (replace(BASE, objective=SMOOTH, train=replace(BASE.train, precision="fp32")), True),
+    "poisoned": (replace(BASE, objective=SMOOTH, train=FP32), True),
+    "recomputed": (replace(BASE, student=SUBSET, train=replace(FP32, recompute=True)), False),
+    "compiled": (replace(BASE, student=SUBSET, train=replace(FP32, recompute=True, compile="blocks")), False),
 }
 
 
@@ -74,7 +78,7 @@ def held(tensors: Iterable[Tensor]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}.values())
 
 
-def whole(run: Run) -> dict[str, Tensor]:
+def whole(run: PretrainRun) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in gather(run.student.state_dict(), keep=True).items()}
 
 
@@ -82,10 +86,10 @@ def infinite(module: Any, inputs: Any, features_BMD: Tensor) -> Tensor:
     return features_BMD + torch.inf
 
 
-def trained(run: Run, poison: bool) -> dict[str, Any]:
+def trained(run: PretrainRun, poison: bool) -> dict[str, Any]:
     """Some steps of a run: each step's figures and exchanges, then all tensors, whole, and what memory they take."""
     found: dict[str, Any] = {name: [] for name in ("losses", "norms", "finite", "changed", "exchanges")}
-    found["types"] = {}
+    found["types"], found["compiled"] = {}, run.student.compiled
 
     def note(block: Any, *_: Any) -> None:
         assert not any(isinstance(weight, DTensor) for weight in block.parameters())
@@ -93,7 +97,7 @@ def trained(run: Run, poison: bool) -> dict[str, Any]:
 
     # After the hook that gathers the weights, which puts itself first.
     handle = run.student.blocks[1].register_forward_pre_hook(note)
-    loader = build_loader(run, None)
+    loader = run.build_loader(None)
     for number, batch in enumerate(islice(loader.batches(run.plan, 0), STEPS)):
         before = whole(run)
         last_rank = run.ranks.rank == run.ranks.world - 1

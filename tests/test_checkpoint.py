@@ -18,6 +18,7 @@ from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.models.student import Student
 from mvp_fast.train import checkpoint as module
 from mvp_fast.train.checkpoint import (
+    PRETRAIN_KEYS,
     STATE_KEYS,
     Checkpointer,
     checkpoint_name,
@@ -94,7 +95,7 @@ def test_what_is_saved_is_read(folder: Path) -> None:
     assert same(read_part(path, "student"), {name: tensor.detach() for name, tensor in part.items()})
     assert read_part(path, "optimizer") == {}
     assert read_state(path) == {**STATE, "version": 1, "step": 7}
-    assert set(STATE) | {"step"} == STATE_KEYS
+    assert set(STATE) | {"step"} == STATE_KEYS | PRETRAIN_KEYS
     with pytest.raises(DataError, match="has no part `ema`"):
         read_part(path, "ema")
 

@@ -151,6 +151,10 @@ def test_a_timm_model() -> None:
         torch.testing.assert_close(backbone.model.norm(last.cls_BD), x_BND[:, 0])
     pooled = timm.create_model("vit_tiny_patch16_224", img_size=64, class_token=False, global_pool="avg")
     assert Backbone(pooled, "no CLS").tokens(images_BHWC)[0].cls_BD is None
+    registers = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, class_token=False, reg_tokens=2, global_pool="avg", no_embed_class=True
+    )
+    assert Backbone(registers, "registers alone").tokens(images_BHWC)[0].cls_BD is None
 
 
 @pytest.mark.parametrize(

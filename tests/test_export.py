@@ -7,6 +7,7 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,25 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mvp_fast.cli.main import main
-from mvp_fast.config.load import config_to_dict
-from mvp_fast.config.schema import Config, DataConfig, StudentConfig
+from mvp_fast.config.schema import StudentConfig
 from mvp_fast.errors import EnvironmentProblem
 from mvp_fast.export.timm_format import create_arguments, timm_state, write_timm
 from mvp_fast.models.student import Student
-from mvp_fast.train.checkpoint import Checkpointer
-
-SMALL = StudentConfig(width=48, depth=3, heads=4)
-SIZE = 64
-
-
-def trained(config: StudentConfig = SMALL, image_size: int = SIZE) -> Student:
-    """A student whose every weight differs from its initial value."""
-    student = Student(config, target_width=24, image_size=image_size)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02 if parameter.ndim > 1 else 0.2)
-        student.rel_pos_bias.relative_position_bias_table.normal_()
-    return student
+from tests.export_cases import SIZE, SMALL, pixels_of, trained, write_run
 
 
 def arguments(student: Student, num_classes: int = 0) -> dict[str, int]:
@@ -197,20 +184,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, dict[tuple[int, str], Student]]:
     """A run's folder with the checkpoints of two steps, and the students in them."""
-    config = config_to_dict(Config(student=SMALL, data=DataConfig(image_size=SIZE)))
-    state = {"config": config, "target_width": 24, "plan": {}, "teacher": "", "total_steps": 12, "skipped": 0}
-    students = {(step, part): trained() for step in (3, 12) for part in ("student", "ema")}
-    writer = Checkpointer(tmp_path / "run" / "checkpoints", keep=0)
-    for step in (3, 12):
-        parts = {part: students[step, part].state_dict() for part in ("student", "ema")}
-        writer.save(step, parts, state)
-    writer.close()
+    students = write_run(tmp_path / "run")
     return tmp_path / "run", students
 
 
-def python_of(printed: str) -> dict[str, object]:
-    """Run the two lines of Python that the verb prints."""
-    names: dict[str, object] = {}
+def python_of(printed: str) -> dict[str, Any]:
+    """Run the lines of Python that the verb prints."""
+    names: dict[str, Any] = {}
     exec("\n".join(line.strip() for line in printed.splitlines() if line.startswith("    ")), names)
     return names
 
@@ -249,11 +229,35 @@ def test_the_verb_writes_elsewhere(run, capsys: pytest.CaptureFixture[str], monk
     check_features(students[3, "student"], python_of(capsys.readouterr().out)["model"])
 
 
+def test_the_verb_writes_for_transformers(run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, students = run
+    assert main(["export", str(folder), "--format", "hf", "--ema"]) == 0
+    printed = capsys.readouterr().out
+    out = folder / "export" / "hf"
+    assert f"{out}: step 12, averaged weights" in printed
+    names = python_of(printed)
+    images, x = pixels_of(students[12, "ema"])
+    with torch.no_grad():
+        output = names["model"].eval()(x)
+        tokens = students[12, "ema"].encode(students[12, "ema"].patches(images))
+    torch.testing.assert_close(names["model"].pooler.layernorm(output.last_hidden_state), tokens, rtol=0, atol=1e-5)
+    assert names["processor"].crop_size["height"] == SIZE
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert main(["export", str(folder), "--format", "hf", "--num-classes", "3"]) == 0
+    assert python_of(capsys.readouterr().out)["model"].config.num_labels == 3
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         (["--checkpoint", "4"], 3, "There is no checkpoint 4"),
         (["--num-classes", "-1"], 2, "--num-classes is -1, but must be 0 or more"),
+        (["--private"], 2, "--private is for --push, which is not there"),
     ],
 )
 def test_the_verbs_errors(run, options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,13 @@ def test_no_top_level_package_named_kernels(tmp_path: Path) -> None:
     [
         ["--help"],
         ["train", "--help"],
+        ["finetune", "--help"],
+        ["segment", "--help"],
+        ["teacher", "--help"],
+        ["teacher", "fit", "--help"],
         ["export", "--help"],
+        ["probe", "--help"],
+        ["visualize", "--help"],
         ["data", "--help"],
         ["data", "scenes", "--help"],
         ["data", "index", "--help"],

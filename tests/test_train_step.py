@@ -43,7 +43,8 @@ from mvp_fast.objective.guided import Objective
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import PlanRows, SamplePlan
 from mvp_fast.train.optim import build_optimizer, set_learning_rate
-from mvp_fast.train.step import StepResult, TrainStep
+from mvp_fast.train.step import TrainStep
+from mvp_fast.train.update import StepResult
 from tests.conftest import read_metrics, run_verb
 
 CPU = torch.device("cpu")

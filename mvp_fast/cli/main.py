@@ -16,7 +16,15 @@ from mvp_fast.errors import EnvironmentProblem, UserError
 # verb -> (module, one line for the help). A module has main(argv) -> exit code.
 VERBS = {
     "train": ("mvp_fast.cli.train", "pre-train a student against a frozen teacher"),
+    "finetune": ("mvp_fast.cli.finetune", "train a classifier from a pre-trained network, and test it"),
+    "segment": ("mvp_fast.cli.segment", "train UPerNet on a pre-trained network, and judge it on masks"),
+    "visualize": (
+        "mvp_fast.cli.visualize",
+        "draw attention, features as colour, similarity, and where a text is found",
+    ),
+    "teacher fit": ("mvp_fast.cli.teacher.fit", "train a small CLIP on images and their captions, to be a teacher"),
     "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
+    "probe": ("mvp_fast.cli.probe", "measure what a frozen network's features are worth: k-NN and linear classifiers"),
     "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),
     "data index": ("mvp_fast.cli.data.index", "write the Parquet index of a folder of images"),
     "data convert": ("mvp_fast.cli.data.convert", "write a data set anew in a form that loads faster"),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 
+from mvp_fast.cli.training import memory_told, tell_outcome, train_in_ranks
 from mvp_fast.config.load import config_to_yaml, load_config, parse_overrides
 from mvp_fast.config.schema import Config
-from mvp_fast.errors import ConfigError, EnvironmentProblem
+from mvp_fast.errors import ConfigError
 
 PROFILED_STEPS = 20
 DESCRIPTION = """Pre-train a student against a frozen teacher.
@@ -46,27 +45,11 @@ def _steps(text: str) -> int:
     return int(text)
 
 
-@contextmanager
-def _memory_told(config: Config) -> Iterator[None]:
-    """What is to be done where the GPU's memory is too small."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentProblem(
-            f"The GPU's memory is too small: {str(error).partition('.')[0]}",
-            where=f"train.batch-size {config.train.batch_size}, train.accumulate {config.train.accumulate}",
-            fix="Raise train.accumulate, which keeps the result, lower train.batch-size, or with several GPUs set"
-            " train.sharding to full",
-        ) from error
-
-
 def _profile(config: Config, steps: int) -> int:
     from mvp_fast.train.distributed import join_ranks
     from mvp_fast.train.profile.session import profile
 
-    with join_ranks(config.train) as ranks, _memory_told(config):
+    with join_ranks(config.train) as ranks, memory_told(config):
         report = profile(config, ranks, steps)
         if ranks.is_main:
             print(f"\nreport    {report}")
@@ -75,22 +58,8 @@ def _profile(config: Config, steps: int) -> int:
 
 
 def _train(config: Config) -> int:
-    from mvp_fast.train.distributed import join_ranks
-    from mvp_fast.train.loop import train
-
-    with join_ranks(config.train) as ranks:
-        with _memory_told(config):
-            outcome = train(config, ranks)
-        if not ranks.is_main:
-            return 0
-    if not outcome.images_per_second:  # no step was taken
-        print(f"The run is complete: {outcome.steps} steps. A greater --train.steps goes on from here.")
-    else:
-        name = "1 - cos" if config.objective.loss == "cosine" else config.objective.loss
-        memory = f", peak GPU memory {outcome.peak_memory_bytes / 2**30:.1f} GiB" if outcome.peak_memory_bytes else ""
-        loss = "every update of the last steps skipped" if outcome.loss is None else f"{name} {outcome.loss:.4f}"
-        print(f"\n{outcome.steps} steps, {loss}{memory}")
-        print(f"{outcome.images_per_second:.1f} images/s, {100 * outcome.data_wait:.1f} % of the time waiting for data")
-    print(f"run      {outcome.folder}")
-    print(f"next     mvp-fast export {outcome.folder} --format timm")
+    outcome = train_in_ranks(config)
+    if outcome is not None:
+        tell_outcome(outcome, "1 - cos" if config.objective.loss == "cosine" else config.objective.loss)
+        print(f"next     mvp-fast export {outcome.folder} --format timm")
     return 0

@@ -5,17 +5,39 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mvp_fast.config.schema import Config
+from mvp_fast.config.schema import Config, RunSettings
 from mvp_fast.errors import ConfigError
 
 
 def check_config(config: Config) -> None:
-    """Check ranges and combinations.
+    """Check the ranges and combinations of a pre-training run.
 
     Raises:
         ConfigError: naming the field, its value and what it must be.
     """
-    data, train, optim, student = config.data, config.train, config.optim, config.student
+    check_run(config)
+    student, mask = config.student, config.mask
+    require(mask.min_block >= 1, "mask.min-block", mask.min_block, "1 or more")
+    require(mask.patches >= 0, "mask.patches", mask.patches, "0 or more")
+    require(0 < mask.min_aspect <= 1, "mask.min-aspect", mask.min_aspect, "above 0, at most 1")
+    require(0 <= student.drop_path < 1, "student.drop-path", student.drop_path, "at least 0 and below 1")
+    for name, count in (("width", student.width), ("depth", student.depth), ("heads", student.heads)):
+        require(count is None or count >= 1, f"student.{name}", count, "1 or more")
+    nothing_masked = config.objective.tokens == "masked" and mask.patches == 0
+    if nothing_masked and not config.objective.cls:
+        raise ConfigError(
+            "There is no token in the loss: objective.tokens is masked, mask.patches is 0 and objective.cls is False",
+            fix="Set mask.patches above 0, objective.tokens to all, or objective.cls to True",
+        )
+
+
+def check_run(config: RunSettings) -> None:
+    """Check what all training runs have in common, whatever their task.
+
+    Raises:
+        ConfigError: naming the field, its value and what it must be.
+    """
+    data, train, optim = config.data, config.train, config.optim
     for name, value in (
         ("train.batch-size", train.batch_size),
         ("train.accumulate", train.accumulate),
@@ -26,19 +48,17 @@ def check_config(config: Config) -> None:
         ("data.repeat", data.repeat),
         ("data.image-size", data.image_size),
         ("data.bad-sample-probation", data.bad_sample_probation),
-        ("mask.min-block", config.mask.min_block),
     ):
-        _require(value >= 1, name, value, "1 or more")
+        require(value >= 1, name, value, "1 or more")
     for name, value in (
         ("train.steps", train.steps),
         ("train.checkpoint-every", train.checkpoint_every),
         ("train.keep-checkpoints", train.keep_checkpoints),
         ("train.nonfinite-budget", train.nonfinite_budget),
         ("data.threads", data.threads),
-        ("mask.patches", config.mask.patches),
         ("seed", config.seed),
     ):
-        _require(value >= 0, name, value, "0 or more")
+        require(value >= 0, name, value, "0 or more")
     for name, rate in (
         ("optim.lr", optim.lr),
         ("optim.min-lr", optim.min_lr),
@@ -46,29 +66,25 @@ def check_config(config: Config) -> None:
         ("optim.clip-grad", optim.clip_grad),
         ("train.epochs", train.epochs),
     ):
-        _require(math.isfinite(rate) and rate >= 0, name, rate, "a finite number, 0 or more")
+        require(math.isfinite(rate) and rate >= 0, name, rate, "a finite number, 0 or more")
     for name, share in (
         ("data.flip", data.flip),
         ("data.bad-sample-budget", data.bad_sample_budget),
         ("data.hw-decoder-load", data.hw_decoder_load),
         ("optim.warmup-fraction", optim.warmup_fraction),
     ):
-        _require(0 <= share <= 1, name, share, "between 0 and 1")
+        require(0 <= share <= 1, name, share, "between 0 and 1")
     for name, share in (
-        ("student.drop-path", student.drop_path),
         ("train.ema-decay", train.ema_decay),
         ("optim.betas", max(optim.betas)),
         ("optim.betas", min(optim.betas)),
     ):
-        _require(0 <= share < 1, name, share, "at least 0 and below 1")
-    for name, count in (("width", student.width), ("depth", student.depth), ("heads", student.heads)):
-        _require(count is None or count >= 1, f"student.{name}", count, "1 or more")
+        require(0 <= share < 1, name, share, "at least 0 and below 1")
     low, high = data.crop_scale
-    _require(0 < low <= high <= 1, "data.crop-scale", data.crop_scale, "two shares, 0 < least <= greatest <= 1")
+    require(0 < low <= high <= 1, "data.crop-scale", data.crop_scale, "two shares, 0 < least <= greatest <= 1")
     low, high = data.crop_ratio
-    _require(0 < low <= high, "data.crop-ratio", data.crop_ratio, "two ratios, 0 < least <= greatest")
-    _require(0 < config.mask.min_aspect <= 1, "mask.min-aspect", config.mask.min_aspect, "above 0, at most 1")
-    _require(train.steps > 0 or train.epochs > 0, "train.steps", 0, "above 0 where train.epochs is 0")
+    require(0 < low <= high, "data.crop-ratio", data.crop_ratio, "two ratios, 0 < least <= greatest")
+    require(train.steps > 0 or train.epochs > 0, "train.steps", 0, "above 0 where train.epochs is 0")
     if data.decode == "gpu" and data.loader not in ("auto", "dali"):
         raise ConfigError(
             f"data.decode is gpu, but data.loader {data.loader} does not decode on the GPU",
@@ -80,12 +96,6 @@ def check_config(config: Config) -> None:
             fix="Choose train.accumulate so that it divides train.batch-size",
         )
     check_interpolation(data.loader, data.interpolation)
-    nothing_masked = config.objective.tokens == "masked" and config.mask.patches == 0
-    if nothing_masked and not config.objective.cls:
-        raise ConfigError(
-            "There is no token in the loss: objective.tokens is masked, mask.patches is 0 and objective.cls is False",
-            fix="Set mask.patches above 0, objective.tokens to all, or objective.cls to True",
-        )
 
 
 def check_interpolation(loader: str, interpolation: str) -> None:
@@ -104,6 +114,7 @@ def check_interpolation(loader: str, interpolation: str) -> None:
         )
 
 
-def _require(holds: bool, name: str, value: Any, must_be: str) -> None:
+def require(holds: bool, name: str, value: Any, must_be: str) -> None:
+    """ConfigError with the setting's name, its value and what it must be, unless that holds."""
     if not holds:
         raise ConfigError(f"{name} is {value}, but must be {must_be}")

@@ -12,15 +12,22 @@ import os
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mvp_fast.config.check import check_config
 from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError
 
+Settings = TypeVar("Settings")  # a dataclass of sections, such as Config
+
 
 def load_config(path: str | Path) -> Config:
-    """Read a YAML file over the defaults.
+    """Read a YAML file over the defaults of pre-training; see `load_settings`."""
+    return load_settings(Config, path)
+
+
+def load_settings(kind: type[Settings], path: str | Path) -> Settings:
+    """Read a YAML file over the defaults of `kind`.
 
     Raises:
         ConfigError: the file is missing or not YAML, or has an unknown key or a value of the wrong type.
@@ -36,25 +43,30 @@ def load_config(path: str | Path) -> Config:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"The config file is not valid YAML: {error}", where=str(path)) from error
-    return config_from_dict(values, source=str(path))
+    return settings_from_dict(kind, values, source=str(path))
 
 
 def config_from_dict(values: dict[str, Any], *, source: str) -> Config:
     """Build a `Config` from nested dictionaries; `source` names their origin in messages."""
+    return settings_from_dict(Config, values, source=source)
+
+
+def settings_from_dict(kind: type[Settings], values: dict[str, Any], *, source: str) -> Settings:
+    """Build settings of `kind` from nested dictionaries; `source` names their origin in messages."""
     if not isinstance(values, dict):
         raise ConfigError("The config file must hold a mapping of sections", where=source)
-    _check_keys(values, Config, "", source)
+    _check_keys(values, kind, "", source)
     import cattrs
 
     try:
-        return typing.cast(Config, _converter().structure(values, Config))
+        return typing.cast(Settings, _converter().structure(values, kind))
     except cattrs.BaseValidationError as error:
         reasons = "; ".join(cattrs.transform_error(error, path="config", format_exception=lambda e, _: str(e)))
         raise ConfigError(f"A value has the wrong type: {reasons}", where=source) from error
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain dictionaries, lists and scalars, fit for YAML and JSON."""
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries, lists and scalars, fit for YAML and JSON."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -64,14 +76,14 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", plain(dataclasses.asdict(config)))
 
 
-def config_to_yaml(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal object."""
+def config_to_yaml(config: Any) -> str:
+    """A configuration as YAML that `load_config` reads back to an equal object."""
     import yaml
 
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Any, path: Path) -> None:
     """Write the configuration as YAML: beside, then renamed, so that no reader sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -82,16 +94,21 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def parse_overrides(config: Config, argv: list[str], prog: str, description: str) -> Config:
-    """Apply `--section.field value` arguments to `config` and check the result.
+    """Apply `--section.field value` arguments to `config` and check the result; see `override`."""
+    parsed = override(config, argv, prog, description)
+    check_config(parsed)
+    return parsed
+
+
+def override(settings: Settings, argv: list[str], prog: str, description: str) -> Settings:
+    """Apply `--section.field value` arguments to `settings`, unchecked.
 
     A wrong argument prints what is wrong, with the nearest valid name, and exits with 2 (tyro).
     """
     import tyro
 
     options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    parsed = tyro.cli(Config, args=argv, default=config, prog=prog, description=description, config=options)
-    check_config(parsed)
-    return parsed
+    return tyro.cli(type(settings), args=argv, default=settings, prog=prog, description=description, config=options)
 
 
 def _field_types(section: type) -> dict[str, Any]:
@@ -106,26 +123,26 @@ def _dotted_names(section: type, prefix: str = "") -> Iterator[str]:
             yield from _dotted_names(typing.cast(type, kind), f"{prefix}{name}.")
 
 
-def _check_keys(values: dict[str, Any], section: type, prefix: str, source: str) -> None:
-    kinds = _field_types(section)
+def _check_keys(values: dict[str, Any], section: type, prefix: str, source: str, whole: type | None = None) -> None:
+    kinds, whole = _field_types(section), whole or section
     for key, value in values.items():
         if key not in kinds:
             raise ConfigError(
                 f"There is no setting `{prefix}{key}`",
                 where=source,
-                fix=_nearest(str(key), prefix, list(kinds)),
+                fix=_nearest(str(key), prefix, list(kinds), whole),
             )
         if dataclasses.is_dataclass(kinds[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"`{prefix}{key}` must be a mapping of settings", where=source)
-            _check_keys(value, typing.cast(type, kinds[key]), f"{prefix}{key}.", source)
+            _check_keys(value, typing.cast(type, kinds[key]), f"{prefix}{key}.", source, whole)
 
 
-def _nearest(key: str, prefix: str, here: list[str]) -> str:
+def _nearest(key: str, prefix: str, here: list[str], whole: type) -> str:
     """The hint for an unknown key: the nearest name in its section, else anywhere, else the section's names."""
     if near := difflib.get_close_matches(key, here, n=1):
         return f"Did you mean `{prefix}{near[0]}`?"
-    everywhere = {name.rsplit(".", 1)[-1]: name for name in _dotted_names(Config)}
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in _dotted_names(whole)}
     if near := difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75):
         return f"Did you mean `{everywhere[near[0]]}`?"
     return f"`{prefix.rstrip('.') or 'The file'}` has: {', '.join(here)}"

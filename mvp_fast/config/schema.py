@@ -7,7 +7,7 @@ The values here are the ViT-B/16 recipe; configs/*.yaml say what differs. This m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ class StudentConfig:
     """Initial value of the layer scale (BEiT: B 0.1, L 1e-5)."""
     drop_path: float = 0.1
     """Stochastic depth rate of the last block, rising linearly from 0 at the first."""
+    drop_path_mode: Literal["image", "subset"] = "image"
+    """image: each image drops each branch by its own chance; all branches are computed. subset: that share of each
+    micro-batch drops a branch, which is computed for the others alone (DINOv2); it pays at rates above 0.1."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,22 @@ class TeacherConfig:
     normalised per patch (MAE, 2111.06377). hog: histograms of oriented gradients of its cells (MaskFeat, 2112.09133).
     The last two have no CLS token (objective.cls False)."""
     name: str = "ViT-B-16"
-    """clip: an open_clip model by name (open_clip.list_models()). timm: a timm model by name, with a tag for weights
-    other than its usual ones (vit_small_patch16_224.dino). Ignored for pixels, hog, and a folder of timm's format."""
+    """clip: an open_clip model by name (open_clip.list_models()), or the folder of a run of `mvp-fast teacher fit`.
+    timm: a timm model by name, with a tag for weights other than its usual ones (vit_small_patch16_224.dino). Ignored
+    for pixels, hog, and a folder of timm's format."""
     pretrained: str = "openai"
-    """clip: an open_clip tag (needs the network once), the path of a local checkpoint, or `random`. timm: `timm` for
-    its own weights (the network, once), the path of a file or of a folder with model.safetensors and config.json
-    (`mvp-fast export` writes one), or `random`. Ignored for pixels and hog."""
+    """clip: an open_clip tag (needs the network once), the path of a local checkpoint, or `random`; where the name is a
+    folder, the default stands for the weights in it. timm: `timm` for its own weights (the network, once), the path of
+    a file or of a folder with model.safetensors and config.json (`mvp-fast export` writes one), or `random`. Ignored
+    for pixels and hog."""
     seed: int = 0
     """Seed of the weights where `pretrained` is random."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """What a tower computes in; its weights are cast once. auto: fp32 where train.precision is fp32, else fp16 on a GPU
     and bf16 on the CPU. pixels and hog are always fp32."""
+    fp8: bool = False
+    """A tower's linear layers in FP8, with a scale for each token and each channel. The run's header says how near its
+    features come to those without. Needs fp16 or bf16 as precision, and on a GPU compute capability 8.9."""
     graph: bool = True
     """On a GPU: patches, mask and targets as one CUDA graph, without launching kernels one by one."""
     ahead: bool = True
@@ -136,7 +144,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer and learning rate schedule: linear warm-up, then half a cosine."""
+    """Optimizer and learning rate schedule: linear warm-up, then a decay."""
 
     name: str = "adamw"
     """An optimizer of timm's factory (timm.optim.list_optimizers()). adamw and adam are torch's fused ones; fusedadam,
@@ -146,8 +154,10 @@ class OptimConfig:
     """Peak learning rate at `reference_batch_size`; scaled linearly with train.batch_size."""
     reference_batch_size: int = 2048
     """The batch size for which `lr` holds."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """How it decays after the warm-up: along half a cosine, or along a line (poly, power 1, usual in segmentation)."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine; not scaled."""
+    """Learning rate at the end of the decay; not scaled."""
     warmup_fraction: float = 10 / 300
     """Share of the steps in warm-up (BEiT v2: 10 of 300 epochs)."""
     weight_decay: float = 0.05
@@ -179,6 +189,9 @@ class TrainConfig:
     """bf16 autocast for student and teacher, or float32 throughout."""
     compile: Literal["auto", "blocks", "off"] = "auto"
     """blocks: the student's blocks go through torch.compile, whole and with fixed shapes. auto: on a GPU."""
+    step_graph: bool = False
+    """On one GPU: forward, backward and update as one CUDA graph. It pays where launching kernels takes longer than
+    running them: small batches or students. Needs adamw or adam."""
     recompute: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -221,3 +234,42 @@ class Config:
     resume: str = "none"
     """none starts anew (and refuses a folder that holds a run), auto goes on from the newest checkpoint of run.dir if
     there is one, or the path of a checkpoint."""
+
+
+class RunSettings(Protocol):
+    """What the settings of every training run have, whatever its task; `Config` is one of them."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Where it lives."""
+        ...
+
+    @property
+    def data(self) -> DataConfig:
+        """Its images."""
+        ...
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Optimizer and schedule."""
+        ...
+
+    @property
+    def train(self) -> TrainConfig:
+        """Length, batch, precision."""
+        ...
+
+    @property
+    def kernels(self) -> KernelsConfig:
+        """Implementation of the kernels."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Decides all that is random."""
+        ...
+
+    @property
+    def resume(self) -> str:
+        """Where it goes on from."""
+        ...

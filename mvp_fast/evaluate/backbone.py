@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
-from mvp_fast.export.timm_format import CONFIG, timm_model
-from mvp_fast.models.teachers.base import fingerprint
-from mvp_fast.train.checkpoint import load_student
+from mvp_fast.evaluate.network import Network, is_export
+from mvp_fast.export.timm_format import timm_fingerprint, timm_model
+from mvp_fast.train.checkpoint import find_checkpoint, load_student, load_weights, read_state
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class BackboneSource:
     """Which network.
 
     Attributes:
-        name: a run's folder, a timm model's name, or a folder with timm's model.safetensors and config.json.
+        name: a run's folder (pre-trained or fine-tuned), a timm model's name, or a folder with timm's model.safetensors
+            and config.json.
         checkpoint: of a run: `latest`, a step number, or a checkpoint's path.
         ema: of a run: its averaged weights.
         untrained: of a timm model: fresh weights from `seed` in place of timm's own, as a control.
@@ -85,8 +86,7 @@ class Backbone(nn.Module):
         self.image_size: int = self.grid[0] * self.patch_size
         self.width: int = model.embed_dim
         self.depth: int = len(model.blocks)
-        description = {"mean": self.mean, "std": self.std, "grid": self.grid, "patch_size": self.patch_size}
-        self.fingerprint = fingerprint(description, model.state_dict())
+        self.fingerprint = timm_fingerprint(model)
         self.register_buffer("mean_C", 255 * torch.tensor(self.mean), persistent=False)
         self.register_buffer("std_C", 255 * torch.tensor(self.std), persistent=False)
 
@@ -106,6 +106,8 @@ class Backbone(nn.Module):
         )
         # timm gives pairs where there are prefix tokens (CLS first, then registers), else the patches alone.
         pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
+        if getattr(self.model, "cls_token", None) is None:  # registers alone
+            return [BlockTokens(None, patches_BND) for patches_BND, _ in pairs]
         return [BlockTokens(None if prefix is None else prefix[:, 0], patches_BND) for patches_BND, prefix in pairs]
 
 
@@ -118,7 +120,7 @@ def load_backbone(source: BackboneSource) -> Backbone:
         EnvironmentProblem: timm's weights are not here and can't be downloaded.
     """
     path = Path(source.name).expanduser()
-    if path.is_dir() and (path / CONFIG).is_file() and not (path / "checkpoints").is_dir():
+    if path.is_dir() and is_export(path):
         backbone = _local(source, path)
     elif path.is_dir():
         backbone = _run(source, path)
@@ -136,15 +138,35 @@ def load_backbone(source: BackboneSource) -> Backbone:
 def _run(source: BackboneSource, run: Path) -> Backbone:
     if source.untrained:
         raise ConfigError("--untrained is for timm models", where=source.name, fix="Leave it out, or name a timm model")
-    student, config, step = load_student(run, source.checkpoint, source.ema)
-    if source.image_size not in (None, config.data.image_size):
+    path = find_checkpoint(run, source.checkpoint)
+    averaged = ", averaged weights" if source.ema else ""
+    if read_state(path).get("task") == "finetune":
+        model, name, step = _finetuned(path, source.ema)
+        name += ", fine-tuned,"
+    else:
+        student, config, step = load_student(run, source.checkpoint, source.ema)
+        model, name = timm_model(student), config.student.name
+    backbone = Backbone(model, f"{name} of {run}, step {step:,}{averaged}", step)
+    if source.image_size not in (None, backbone.image_size):
         raise ConfigError(
-            f"The run was trained on {config.data.image_size} px images, {source.image_size} was asked for",
+            f"The run was trained on {backbone.image_size} px images, {source.image_size} was asked for",
             where=source.name,
             fix="Leave the image size out",
         )
-    averaged = ", averaged weights" if source.ema else ""
-    return Backbone(timm_model(student), f"{config.student.name} of {run}, step {step:,}{averaged}", step)
+    return backbone
+
+
+def _finetuned(path: Path, ema: bool) -> tuple[Any, str, int]:
+    """The model in a checkpoint of `mvp-fast finetune` without its head, its name, and the step."""
+    state = read_state(path)
+    if ema and not (path / "ema").is_dir():
+        raise ConfigError("The run kept no averaged weights", where=str(path), fix="Leave --ema out")
+    network = Network.from_dict(state["network"])
+    model = network.build()
+    model.reset_classifier(len(state["classes"]))
+    load_weights(model, path, "ema" if ema else "model")
+    model.reset_classifier(0)
+    return model, network.architecture, int(state["step"])
 
 
 def _local(source: BackboneSource, folder: Path) -> Backbone:

@@ -5,7 +5,7 @@ Shape legend: B images, H and W pixels, C colours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,7 @@ def passage(
     start_step: int = 0,
     local_ranks: int = 1,
     ledger: Path | None = None,
-) -> Iterator[Crops]:
+) -> Generator[Crops, None, None]:
     """Yield the centre crops of the plan's samples from batch `start_step` on, by the loader that `data` names.
 
     Args:

@@ -23,12 +23,14 @@ class Batch:
         images_BHWC: uint8 RGB crops, channels last, on the loader's output device.
         masked_BM: int64 patch numbers in the mask, ascending, row-major over the patch grid, without the CLS token.
         rows: the plan's rows as carried out; where a sample was bad, its stand-in's row.
+        target: what a loader around another adds for its task, such as the classes of the pixels; first dimension B.
     """
 
     step: int
     images_BHWC: torch.Tensor
     masked_BM: torch.Tensor
     rows: PlanRows
+    target: torch.Tensor | None = None
 
 
 @dataclass

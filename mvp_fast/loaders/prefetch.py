@@ -85,8 +85,9 @@ class Prefetcher:
         if copied is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(copied)
-            batch.images_BHWC.record_stream(stream)
-            batch.masked_BM.record_stream(stream)
+            for tensor in (batch.images_BHWC, batch.masked_BM, batch.target):
+                if tensor is not None:
+                    tensor.record_stream(stream)
         return batch
 
     def peek(self) -> Batch | None:
@@ -159,10 +160,11 @@ class Prefetcher:
         start = time.perf_counter()
         with torch.cuda.stream(stream), self._stage("copy"):
             images_BHWC, masked_BM = (self._copy(tensor) for tensor in (batch.images_BHWC, batch.masked_BM))
+            target = None if batch.target is None else self._copy(batch.target)
             copied = torch.cuda.Event()
             copied.record(stream)
         self._loader.stats().add("copy", time.perf_counter() - start, len(batch.rows))
-        return replace(batch, images_BHWC=images_BHWC, masked_BM=masked_BM), copied
+        return replace(batch, images_BHWC=images_BHWC, masked_BM=masked_BM, target=target), copied
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device: queued on the current stream, through pinned memory; as it is if it is there."""

@@ -1,28 +1,29 @@
 """The student: one of timm's BEiT models with a mask token and a linear predictor of the teacher's features.
 
 BEiT is arXiv 2106.08254, BEiT v2 2208.06366, MVP 2203.05175: a ViT with one relative position bias for all blocks,
-layer scale, a CLS token, and a mask token put in before the encoder.
+layer scale, a CLS token, and a mask token put in before the encoder. Its blocks: `block`.
 
 Shape legend: B images, H and W pixels, C colours, N patches, P pixel values a patch (C * patch * patch, ordered colour,
-row, column), M tokens in the loss, D channels, L blocks, S the two branches of a block (attention, MLP).
+row, column), M tokens in the loss, D channels, L blocks, S the two branches of a block (attention, MLP), K images that
+a branch is computed for.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mvp_fast.config.schema import StudentConfig
 from mvp_fast.errors import ConfigError
-from mvp_fast.models.attention import attention, shared_bias
+from mvp_fast.models.attention import shared_bias
+from mvp_fast.models.block import Block, run_block
 from mvp_fast.models.patches import input_dtype
 from mvp_kernels import dispatch
 
@@ -91,7 +92,10 @@ class Student(nn.Module):
 
     def compile_blocks(self) -> None:
         """Run the blocks through torch.compile from now on: whole, and for fixed shapes."""
-        compiled = torch.compile(_block, fullgraph=True, dynamic=False)
+        if self.config.drop_path_mode == "subset":  # then the blocks differ in the number of images that they take
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, 4 * len(self.blocks))
+        compiled = torch.compile(run_block, fullgraph=True, dynamic=False)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.run = compiled
@@ -122,7 +126,12 @@ class Student(nn.Module):
         return dispatch.patchify(images_BHWC, self.patch_size, [self.normalization()], impl=self.impl)[0]
 
     def forward(
-        self, patches_BNP: Tensor, mask_BN: Tensor, index_BM: Tensor, drop_scale_LSB: Tensor | None = None
+        self,
+        patches_BNP: Tensor,
+        mask_BN: Tensor,
+        index_BM: Tensor,
+        drop_scale_LSB: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Predict the features of the tokens in the loss.
 
@@ -135,11 +144,13 @@ class Student(nn.Module):
             index_BM: int64 tokens to predict: 0 is CLS, 1 + n is patch n.
             drop_scale_LSB: factor of each residual branch for each image (0, or 1 / keep): stochastic depth as planned
                 by the caller; None drops nothing.
+            kept: in its place, for each block the images that its branches are computed for, int64 (2, K) of K of the B
+                images, different ones a branch; the results count B / K times.
 
         Returns:
             pred_BMD, D = target_width.
         """
-        taken_BMD = self._encode(patches_BNP, mask_BN, drop_scale_LSB, index_BM)
+        taken_BMD = self._encode(patches_BNP, mask_BN, drop_scale_LSB, index_BM, kept)
         pred_BMD: Tensor = self.predictor(self.norm(taken_BMD))
         return pred_BMD
 
@@ -157,6 +168,7 @@ class Student(nn.Module):
         mask_BN: Tensor | None,
         drop_scale_LSB: Tensor | None,
         index_BM: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The tokens that the last block yields: all, or those of `index_BM`."""
         proj = self.patch_embed.proj
@@ -169,7 +181,8 @@ class Student(nn.Module):
         for number, block in enumerate(self.blocks):
             scale_SB = None if drop_scale_LSB is None else drop_scale_LSB[number]
             last = number == len(self.blocks) - 1
-            x_BND = block(x_BND, bias_HNN, scale_SB, self.impl, index_BM if last else None)
+            kept_SK = None if kept is None else kept[number]
+            x_BND = block(x_BND, bias_HNN, scale_SB, self.impl, index_BM if last else None, kept_SK)
         return x_BND
 
     def _init_weights(self) -> None:
@@ -188,32 +201,6 @@ class Student(nn.Module):
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=1):
                 _rescale(block, math.sqrt(2 * number))
-
-
-class Block(nn.Module):
-    """The parts of timm's BEiT block under timm's names, computed by `_block`.
-
-    A module that is called, so that whoever hangs on a block's call (sharding gathers its weights there) finds one.
-
-    Attributes:
-        recompute: keep the inputs alone for the backward pass.
-        run: `_block`, as it is or compiled.
-    """
-
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
-        self.gamma_1, self.gamma_2 = block.gamma_1, block.gamma_2
-        self.recompute = False
-        self.run: Callable[..., Tensor] = _block
-
-    def forward(self, *arguments: Any) -> Tensor:
-        """`_block` of this block and `arguments`."""
-        if self.recompute and torch.is_grad_enabled():
-            # A block draws no random numbers, so there is no state to put back.
-            out: Tensor = checkpoint(self.run, self, *arguments, use_reentrant=False, preserve_rng_state=False)
-            return out
-        return self.run(self, *arguments)
 
 
 def patch_size_of(name: str) -> int:
@@ -296,25 +283,6 @@ def beit_overrides(config: StudentConfig, image_size: int | None) -> dict[str, i
 def _rescale(block: Any, divisor: float) -> None:
     for layer in (block.attn.proj, block.mlp.fc2):
         layer.weight.div_(divisor)
-
-
-def _block(
-    block: Any, x_BND: Tensor, bias_HNN: Tensor, scale_SB: Tensor | None, impl: str, index_BM: Tensor | None = None
-) -> Tensor:
-    """timm's BEiT block, with the stochastic depth factors given instead of drawn; yields the tokens of `index_BM`."""
-    branch_BMD = attention(block.attn, block.norm1(x_BND), bias_HNN, impl, index_BM)
-    x_BMD = x_BND if index_BM is None else dispatch.masked_gather(x_BND, index_BM, impl=impl)
-    x_BMD = x_BMD + _scaled(branch_BMD, block.gamma_1, None if scale_SB is None else scale_SB[0])
-    branch_BMD = block.mlp(block.norm2(x_BMD))
-    return x_BMD + _scaled(branch_BMD, block.gamma_2, None if scale_SB is None else scale_SB[1])
-
-
-def _scaled(branch_BND: Tensor, gamma_D: Tensor | None, scale_B: Tensor | None) -> Tensor:
-    """The two factors are multiplied with each other first: they are small, the branch is not."""
-    if scale_B is None:
-        return branch_BND if gamma_D is None else gamma_D * branch_BND
-    scale_B11 = scale_B[:, None, None]
-    return (scale_B11 if gamma_D is None else scale_B11 * gamma_D) * branch_BND
 
 
 def _trunc_normal_(tensor: Tensor, std: float = INIT_STD) -> None:

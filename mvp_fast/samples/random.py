@@ -56,6 +56,22 @@ class Stream(IntEnum):
     """The permutation of an epoch's shards, as ORDER; the block after its rounds says where the epoch begins."""
     WINDOW = 10
     """The permutation within a window (position: a half of the element, and above its 32 bits the window's number)."""
+    SUBSET = 11
+    """Which samples of a class are among the labelled ones of an evaluation (position: the row)."""
+    HELD_OUT = 12
+    """Which training samples an evaluation holds out to choose by (position: the row)."""
+    CAPTION = 16
+    """Which of an image's captions it is matched with."""
+    SEGMENT_COLOUR = 20
+    """Colours of an image in segmentation, two numbers a change (block: a quarter of the number)."""
+    SEGMENT_DROPOUT = 21
+    """Dropped channels of the segmentation heads, one number a channel (block: a quarter of the number)."""
+    RAND_AUGMENT = 30
+    """Seeds of an image's RandAugment."""
+    ERASING = 31
+    """Seeds of an image's random erasing."""
+    MIXUP = 32
+    """Seeds of mixup and CutMix (epoch: 0; position: the step)."""
 
 
 def philox4x32(

@@ -1,101 +1,90 @@
-"""From a configuration to the parts of a run."""
+"""From a configuration to the parts of a pre-training run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from mvp_fast.config.load import config_to_dict
 from mvp_fast.config.schema import Config
-from mvp_fast.errors import ConfigError, EnvironmentProblem
-from mvp_fast.loaders.base import Loader
-from mvp_fast.loaders.registry import make_loader
+from mvp_fast.errors import ConfigError
+from mvp_fast.loaders.registry import describe
 from mvp_fast.models.student import Student, patch_size_of
-from mvp_fast.models.teachers.base import Teacher, teacher_dtype
+from mvp_fast.models.teachers.base import PRECISIONS, Teacher, teacher_dtype
 from mvp_fast.models.teachers.build import build_teacher
+from mvp_fast.models.teachers.fp8 import quantise_linears
+from mvp_fast.models.teachers.tower import TowerTeacher
 from mvp_fast.objective.guided import Objective
-from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
-from mvp_fast.train.checkpoint import load_weights, read_state
+from mvp_fast.train import step_graph
+from mvp_fast.train.checkpoint import read_state
 from mvp_fast.train.distributed import Ranks
-from mvp_fast.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from mvp_fast.train.parts import Parts, read_part
-from mvp_fast.train.resume import check_plan, check_settings, check_teacher
-from mvp_fast.train.sharding import check_optimizer, gather, shard
+from mvp_fast.train.optim import build_optimizer
+from mvp_fast.train.resume import check_plan, check_settings, check_task, check_teacher
+from mvp_fast.train.run import Run, build_ema, check_kernels, check_micro_batches, count_steps, open_index
+from mvp_fast.train.sharding import check_optimizer, shard
 from mvp_fast.train.step import TrainStep
-from mvp_fast.train.telemetry import Interval
-from mvp_kernels import dispatch, registry
+
+FP8_IMAGES = 32  # whose features say what FP8 does to them
 
 
-@dataclass
-class Run:
-    """Everything a run is made of, and the state it has reached.
+@dataclass(kw_only=True)
+class PretrainRun(Run):
+    """A run that pre-trains `student` against `teacher`.
 
     Attributes:
-        plan: this rank's part of the plan.
-        ema: timm's ModelEmaV3 around the student, or None.
-        total_steps: optimizer steps in the whole run.
-        changed: settings that are no longer those of the checkpoint the run goes on from, in words.
-        steps_done: optimizer steps taken so far.
-        skipped: updates skipped so far.
-        replaced: images trained on so far that stood in for a bad sample; on rank 0 with what came before a resume.
-        interval: results since the last metric line.
+        fp8_cosine: with teacher.fp8, of the features with and without, the mean and the least over tokens.
     """
 
+    task = "pretrain"
+    part = "student"
+
     config: Config
-    ranks: Ranks
-    plan: SamplePlan
-    student: Student
-    ema: Any
-    teacher: Teacher
-    optimizer: torch.optim.Optimizer
+    model: Student
     step: TrainStep
-    total_steps: int
-    changed: list[str]
-    steps_done: int = 0
-    skipped: int = 0
-    replaced: int = 0
-    interval: Interval = field(default_factory=Interval)
+    teacher: Teacher
+    fp8_cosine: tuple[float, float] | None = None
 
-    def parameter_names(self) -> dict[Tensor, str]:
-        """The name of each of the student's parameters."""
-        return {parameter: name for name, parameter in self.student.named_parameters()}
+    @property
+    def student(self) -> Student:
+        """The model that is trained."""
+        return self.model
 
-    def checkpoint_parts(self) -> Parts:
-        """The tensors that a checkpoint holds, whole, in named parts; on rank 0.
+    def about(self) -> dict[str, Any]:
+        """The teacher's fingerprint, and what FP8 does to its features."""
+        fp8 = {} if self.fp8_cosine is None else {"teacher_fp8_cosine": list(self.fp8_cosine)}
+        return {"teacher": self.teacher.fingerprint, **fp8}
 
-        Every rank must call this: it takes a mean over them, and gathers what is spread over them.
-        """
-        parts = {
-            "student": self.student.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.parameter_names()),
-            "progress": {**self.interval.state(self.ranks), "replaced": self.all_replaced().reshape(1)},
-        }
-        if self.ema is not None:
-            parts["ema"] = self.ema.module.state_dict()
-        return {name: gather(tensors, keep=self.ranks.is_main) for name, tensors in parts.items()}
+    def state(self) -> dict[str, Any]:
+        """What the teacher was, and what the student's head predicts."""
+        return {"teacher": self.teacher.fingerprint, "target_width": self.teacher.width}
 
-    def all_replaced(self) -> Tensor:
-        """`replaced` over all ranks, int64 (), on the host. Every rank must call this."""
-        return self.ranks.sum(torch.tensor(self.replaced))
+    def whole_plan(self) -> SamplePlan:
+        """The plan of the whole global batch, whichever rank this is."""
+        return _plan(self.config, self.plan, 0, 1)
 
-    def checkpoint_state(self) -> dict[str, Any]:
-        """What must fit when a run goes on from a checkpoint, and what it needs besides tensors."""
-        return {
-            "config": config_to_dict(self.config),
-            "plan": self.plan.state(),
-            "teacher": self.teacher.fingerprint,
-            "target_width": self.teacher.width,
-            "total_steps": self.total_steps,
-            "skipped": self.skipped,
-        }
+    def header(self, kernels: str) -> list[str]:
+        """What runs, in a few lines."""
+        config, ranks = self.config, self.ranks
+        weights = sum(p.numel() for p in self.student.parameters()) / 1e6
+        where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        how = f"{' compiled,' if self.student.compiled else ''}{' one CUDA graph,' if self.step.graph else ''}"
+        return [
+            f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
+            f"{how} on {ranks.world} x {where}",
+            f"teacher   {self.teacher.words}, {self.teacher.width} channels, frozen, {_how_targets_are_made(self)}",
+            f"data      {len(self.plan.index):,} images, {describe(config.data, ranks.device)},"
+            f" {config.data.interpolation}, batch {config.train.batch_size}",
+            *_sharding(self),
+            f"kernels   {kernels}",
+        ]
 
 
-def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
+def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> PretrainRun:
     """Build every part, at step 0 or at `checkpoint`.
 
     Raises:
@@ -103,7 +92,9 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         DataError: the index, its files or the checkpoint are missing or do not fit.
         EnvironmentProblem: a kernel implementation was asked for that this machine can't run.
     """
-    _check_kernels(config, ranks.device)
+    check_kernels(config, ranks.device)
+    if config.train.step_graph:
+        step_graph.check(config.optim.name, ranks.world)
     if ranks.shares(config.train):
         check_optimizer(config.optim.name)
     state = read_state(checkpoint) if checkpoint else None  # cheap, and may end the attempt before models are built
@@ -118,13 +109,10 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
         rank=ranks.rank,
         world=ranks.world,
     )
-    if plan.local_batch_size % config.train.accumulate:
-        raise ConfigError(
-            f"A rank's {plan.local_batch_size} images can't be split into {config.train.accumulate} micro-batches",
-            where="train.accumulate",
-        )
+    check_micro_batches(config, plan)
     changed: list[str] = []
     if state is not None and checkpoint is not None:
+        check_task(state, PretrainRun.task, checkpoint)
         check_plan(state, plan, checkpoint)
         changed = check_settings(state, config, checkpoint)
     teacher = build_teacher(
@@ -145,7 +133,7 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
     set_up_models(student, teacher, config, ranks.device)
     if state is not None and checkpoint is not None:
         check_teacher(state, teacher, checkpoint)
-    ema = _build_ema(student, config)  # a copy of the weights, so before they are spread
+    ema = build_ema(student, config)  # a copy of the weights, so before they are spread
     for model in (student,) if ema is None else (student, ema.module):
         if ranks.shares(config.train):
             shard(model, ranks, bf16=config.train.precision == "bf16")
@@ -154,11 +142,22 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Run:
     forward = student if ranks.shares(config.train) else ranks.wrap(student)
     optimizer = build_optimizer(student, config.optim)
     objective = Objective(config.objective, impl=config.kernels.impl)
-    step = TrainStep(student, forward, teacher, objective, optimizer, config, ranks.device)
-    total = config.train.steps or max(1, round(config.train.epochs * len(index) / config.train.batch_size))
-    run = Run(config, ranks, plan, student, ema, teacher, optimizer, step, total, changed)
+    run = PretrainRun(
+        config=config,
+        ranks=ranks,
+        plan=plan,
+        model=student,
+        ema=ema,
+        teacher=teacher,
+        optimizer=optimizer,
+        step=TrainStep(student, forward, teacher, objective, optimizer, config, ranks.device),
+        total_steps=count_steps(config, index),
+        changed=changed,
+    )
+    if config.teacher.fp8:
+        run.fp8_cosine = _quantise_teacher(run)
     if checkpoint is not None and state is not None:
-        _load(run, checkpoint, state)
+        run.load(checkpoint, state)
     return run
 
 
@@ -176,62 +175,56 @@ def set_up_models(student: Student, teacher: Teacher, config: Config, device: to
         teacher.lower(dtype)
 
 
-def open_index(config: Config) -> Index:
-    """The data set's index, spot-checked against its files; a stand-in of ImageNet's size for `synthetic`."""
-    if not config.data.index:
-        if config.data.loader == "synthetic":
-            return Index.synthetic()
-        raise ConfigError(
-            "There is no data set: data.index is empty",
-            fix="Write an index with `mvp-fast data index DIR` and give --data.index DIR,"
-            " or try --data.loader synthetic",
-        )
-    index = Index.open(config.data.index)
-    if config.data.loader != "synthetic":
-        index.check_files()
-    return index
-
-
-def build_loader(run: Run, ledger: Path | None) -> Loader:
-    """The loader that the configuration names; `ledger` takes the samples that did not decode."""
-    return make_loader(
-        run.config.data.loader,
-        run.config.data,
-        seed=run.config.seed,
-        local_ranks=run.ranks.local_world,
-        ledger=ledger,
-        device=run.ranks.device,
+def _plan(config: Config, plan: SamplePlan, rank: int, world: int) -> SamplePlan:
+    """`plan` for another rank of another number."""
+    return SamplePlan(
+        plan.index,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        data=config.data,
+        mask=config.mask,
+        patch_size=plan.patch_size,
+        rank=rank,
+        world=world,
     )
 
 
-def _check_kernels(config: Config, device: torch.device) -> None:
-    impl, variable = config.kernels.impl, registry.ENVIRONMENT
-    try:
-        dispatch.resolve(impl, device.type)
-    except dispatch.KernelUnavailable as error:
-        by_variable = impl == "auto"  # auto itself can always be met
-        raise EnvironmentProblem(
-            str(error),
-            where=f"the environment variable {variable}" if by_variable else f"kernels.impl {impl}",
-            fix=f"Unset {variable}, or set it to reference" if by_variable else "Set kernels.impl to auto or reference",
-        ) from error
+def _quantise_teacher(run: PretrainRun) -> tuple[float, float]:
+    """Put the teacher's linear layers into FP8; mean and least cosine of a batch's features with and without."""
+    teacher = run.teacher
+    if not isinstance(teacher, TowerTeacher) or not teacher.lowered:
+        what = f"computes in {teacher.dtype}".replace("torch.", "") if isinstance(teacher, TowerTeacher) else "has none"
+        raise ConfigError(
+            f"FP8 is for the linear layers of a tower in fp16 or bf16, and this teacher {what}",
+            where="teacher.fp8",
+            fix="Set teacher.precision to fp16 or bf16, or leave teacher.fp8 off",
+        )
+    loader = run.build_loader(None)
+    with closing(loader), closing(loader.batches(run.plan, 0)) as batches:  # type: ignore[type-var]
+        images_BHWC = next(batches).images_BHWC[:FP8_IMAGES].to(run.ranks.device)
+    patches_BNP = teacher.patches(images_BHWC)
+    tokens = torch.arange(int(not teacher.has_cls), 1 + patches_BNP.shape[1], device=run.ranks.device)
+    index_BM = tokens.expand(len(images_BHWC), -1).contiguous()
+    before_BMD = teacher(patches_BNP, index_BM)
+    quantise_linears(teacher.blocks)
+    cosine_BM = F.cosine_similarity(teacher(patches_BNP, index_BM).float(), before_BMD.float(), dim=-1)
+    return float(cosine_BM.mean()), float(cosine_BM.min())
 
 
-def _build_ema(student: Student, config: Config) -> Any:
-    if config.train.ema_decay == 0:
-        return None
-    from timm.utils import ModelEmaV3
+def _how_targets_are_made(run: PretrainRun) -> str:
+    """Precision, then how it runs: `fp16, CUDA graph, one batch ahead`, `fp32, eager`."""
+    teacher = run.config.teacher
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == run.teacher.dtype)
+    on_gpu = run.ranks.device.type == "cuda"
+    how = "CUDA graph" if on_gpu and teacher.graph else "eager"
+    if run.fp8_cosine is not None:
+        mean, least = run.fp8_cosine
+        precision = f"fp8 (cosine to {precision} features {mean:.4f}, least {least:.4f})"
+    return f"{precision}, {how}{', one batch ahead' if run.step.ahead else ''}"
 
-    return ModelEmaV3(student, decay=config.train.ema_decay)
 
-
-def _load(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
-    load_weights(run.student, checkpoint, "student")
-    load_optimizer_tensors(run.optimizer, run.parameter_names(), read_part(checkpoint, "optimizer"))
-    if run.ema is not None:
-        # A run that begins to average now averages from the weights it has.
-        load_weights(run.ema.module, checkpoint, "ema" if (checkpoint / "ema").is_dir() else "student")
-    progress = read_part(checkpoint, "progress")
-    run.interval.load_state(progress, run.ranks.device)
-    run.replaced = int(progress["replaced"]) if run.ranks.is_main else 0
-    run.steps_done, run.skipped = int(state["step"]), int(state["skipped"])
+def _sharding(run: PretrainRun) -> list[str]:
+    ranks, train = run.ranks, run.config.train
+    if run.step.sharded:
+        return [f"sharding  full: weights, gradients and optimizer state in {ranks.world} parts"]
+    return ["sharding  full has no effect: there is one rank"] if train.sharding == "full" else []

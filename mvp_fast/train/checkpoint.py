@@ -35,7 +35,8 @@ from mvp_fast.train.parts import Parts, read_part, sync, write_part
 from mvp_fast.train.sharding import shard_like
 
 STATE_VERSION = 1
-STATE_KEYS = frozenset({"step", "config", "plan", "teacher", "target_width", "total_steps", "skipped"})
+STATE_KEYS = frozenset({"step", "config", "plan", "total_steps", "skipped"})
+PRETRAIN_KEYS = frozenset({"teacher", "target_width"})
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -184,7 +185,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         version = state["version"]
-        missing = sorted(STATE_KEYS - state.keys()) if version == STATE_VERSION else []
+        wanted = STATE_KEYS | (PRETRAIN_KEYS if state.get("task", "pretrain") == "pretrain" else frozenset())
+        missing = sorted(wanted - state.keys()) if version == STATE_VERSION else []
         if missing:
             raise KeyError(*missing)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -237,6 +239,12 @@ def load_student(run: Path, checkpoint: str = "latest", ema: bool = False) -> tu
     """
     path = find_checkpoint(run, checkpoint)
     state = read_state(path)
+    if state.get("task", "pretrain") != "pretrain":
+        raise DataError(
+            f"The checkpoint is of no pre-trained student, but of a run of the task {state['task']}",
+            where=str(path),
+            fix="Name the run of `mvp-fast train` that it began with",
+        )
     config = config_from_dict(state["config"], source=str(path / "state.json"))
     if ema and not (path / "ema").is_dir():
         raise ConfigError("The run kept no averaged weights", where=str(path), fix="Leave --ema out")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mvp_fast.config.schema import Config
+from mvp_fast.config.schema import RunSettings
 from mvp_fast.errors import DataError, EnvironmentProblem, Preempted
 from mvp_fast.loaders.base import Batch
-from mvp_fast.loaders.registry import describe
-from mvp_fast.models.teachers.base import PRECISIONS
-from mvp_fast.samples.plan import SamplePlan
-from mvp_fast.train.build import Run, build_loader, build_run
+from mvp_fast.train.build import build_run
 from mvp_fast.train.checkpoint import Checkpointer
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.guards import NonFiniteGuard, StopRequest
 from mvp_fast.train.pace import Pace
+from mvp_fast.train.run import Run
 from mvp_fast.train.run_folder import describe_environment, prepare_folder, resume_point
 from mvp_fast.train.sinks import check_sinks, open_sinks
 from mvp_fast.train.stepping import Event, Stepping
@@ -46,8 +46,12 @@ class Outcome:
     peak_memory_bytes: int
 
 
-def train(config: Config, ranks: Ranks) -> Outcome:
-    """Pre-train as `config` says.
+# Builds a run from its settings, at step 0 or at a checkpoint; see `build.build_run`.
+Builder = Callable[[Any, Ranks, Path | None], Run]
+
+
+def train(config: RunSettings, ranks: Ranks, build: Builder = build_run) -> Outcome:
+    """Train as `config` says; pre-train, unless `build` builds a run of another task.
 
     Raises:
         Preempted: a signal came; a checkpoint was written.
@@ -57,15 +61,15 @@ def train(config: Config, ranks: Ranks) -> Outcome:
     check_sinks(config)
     # From here on, so that a run that is stopped while it starts says so by its exit code, too.
     with StopRequest() as stop:
-        return _train(config, ranks, stop)
+        return _train(config, ranks, stop, build)
 
 
-def _train(config: Config, ranks: Ranks, stop: StopRequest) -> Outcome:
+def _train(config: RunSettings, ranks: Ranks, stop: StopRequest, build: Builder) -> Outcome:
     checkpoint = resume_point(config)
-    run = build_run(config, ranks, checkpoint)
+    run = build(config, ranks, checkpoint)
     _check_ranks_agree(run)
     environment = describe_environment(ranks)
-    environment["teacher"] = run.teacher.fingerprint
+    environment |= run.about()
     environment["kernels"] = dispatch.resolve(config.kernels.impl, ranks.device.type)
     folder = Path(config.run.dir)
     if ranks.is_main:
@@ -117,10 +121,10 @@ class _Loop:
             opened.callback(sink.close)
         ledger = folder / "nonfinite.jsonl" if ranks.is_main else None
         budget = config.train.nonfinite_budget
-        self.guard = NonFiniteGuard(_whole_plan(run), budget, ledger, run.skipped, run.steps_done)
+        self.guard = NonFiniteGuard(run.whole_plan(), budget, ledger, run.skipped, run.steps_done)
         # Each rank decodes other samples, so each keeps its own ledger; one rank's is the usual name.
         name = "bad_samples.jsonl" if ranks.world == 1 else f"bad_samples.rank{ranks.rank}.jsonl"
-        self.loader = build_loader(run, folder / name)
+        self.loader = run.build_loader(folder / name)
         opened.callback(self.loader.close)
         self.stepping = Stepping(run, self.loader, self.stop, self.pace)
         opened.callback(self.stepping.close)
@@ -139,6 +143,8 @@ class _Loop:
                 self.display.advance(done)
                 if done % train.log_every == 0 or done == run.total_steps:
                     self._log()
+                if run.evaluation_due():
+                    self._evaluate()
                 if (train.checkpoint_every and done % train.checkpoint_every == 0) or done == run.total_steps:
                     self._save()
                 if done == begun + 1 < run.total_steps:
@@ -194,6 +200,19 @@ class _Loop:
         self.guard.note([first + offset for offset in skipped])
         run.skipped = self.guard.skipped
 
+    def _evaluate(self) -> None:
+        """A line of its own in the metrics; its time counts neither as training nor as a rank's slowness."""
+        run, waited = self.parts, self.stepping.prefetcher.wait_seconds
+        self.pace.pause()
+        figures = run.evaluate(lambda: self.stop.requested)
+        run.interval.restart_clock(waited)
+        if not figures:
+            return
+        for sink in self.sinks:
+            sink.write({"step": run.steps_done, **figures})
+        told = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.display.say(f"evaluated step {run.steps_done:,}  {told}")
+
     def _save(self) -> None:
         """Called by all ranks at the same step: what they measured differs, and the checkpoint holds the mean."""
         run = self.parts
@@ -212,52 +231,10 @@ class _Loop:
         return self.parts.steps_done, time.perf_counter(), self.stepping.prefetcher.wait_seconds
 
 
-def _whole_plan(run: Run) -> SamplePlan:
-    """The plan of the whole global batch, whichever rank this is."""
-    plan, config = run.plan, run.config
-    return SamplePlan(
-        plan.index,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        data=config.data,
-        mask=config.mask,
-        patch_size=run.student.patch_size,
-    )
-
-
 def header(run: Run, kernels: str, checkpoint: Path | None) -> str:
     """What runs, in a few lines."""
-    config, ranks = run.config, run.ranks
-    weights = sum(p.numel() for p in run.student.parameters()) / 1e6
-    where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-    loader = describe(config.data, ranks.device)
-    lines = [
-        f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
-        f"{' compiled,' if run.student.compiled else ''} on {ranks.world} x {where}",
-        f"teacher   {run.teacher.words}, {run.teacher.width} channels, frozen, {_how_targets_are_made(run)}",
-        f"data      {len(run.plan.index):,} images, {loader}, {config.data.interpolation},"
-        f" batch {config.train.batch_size}",
-        *_sharding(run),
-        f"kernels   {kernels}",
-        f"run       {run.total_steps:,} steps in {config.run.dir}",
-    ]
+    lines = [*run.header(kernels), f"run       {run.total_steps:,} steps in {run.config.run.dir}"]
     if checkpoint is not None:
         lines.append(f"resumed   at step {run.steps_done:,} from {checkpoint}")
     lines += [f"changed   {setting}" for setting in run.changed]
     return "\n".join(lines)
-
-
-def _how_targets_are_made(run: Run) -> str:
-    """Precision, then how it runs: `fp16, CUDA graph, one batch ahead`, `fp32, eager`."""
-    teacher = run.config.teacher
-    precision = next(name for name, dtype in PRECISIONS.items() if dtype == run.teacher.dtype)
-    on_gpu = run.ranks.device.type == "cuda"
-    how = "CUDA graph" if on_gpu and teacher.graph else "eager"
-    return f"{precision}, {how}{', one batch ahead' if run.step.ahead else ''}"
-
-
-def _sharding(run: Run) -> list[str]:
-    ranks, train = run.ranks, run.config.train
-    if run.step.sharded:
-        return [f"sharding  full: weights, gradients and optimizer state in {ranks.world} parts"]
-    return ["sharding  full has no effect: there is one rank"] if train.sharding == "full" else []

@@ -17,23 +17,33 @@ from mvp_fast.train.sharding import local_part, shard_like
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
-    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine to `min_lr`.
+    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine or a line to `min_lr`.
 
-    The peak is `optim.lr` scaled linearly by batch_size / reference_batch_size (Goyal et al., arXiv 1706.02677).
+    The cosine ends at `min_lr` with the last step, the line (poly, power 1) one step later, so that where `min_lr` is 0
+    the last step still moves the weights. The peak is `optim.lr` scaled linearly by batch_size / reference_batch_size
+    (Goyal et al., arXiv 1706.02677).
     """
     peak = optim.lr * batch_size / optim.reference_batch_size
     floor = min(optim.min_lr, peak)
     warmup = round(total_steps * optim.warmup_fraction)
     if step < warmup:
         return peak * (step + 1) / warmup
+    if optim.schedule == "poly":
+        return floor + (peak - floor) * max(1.0 - (step - warmup) / max(total_steps - warmup, 1), 0.0)
     progress = min((step - warmup) / max(total_steps - warmup - 1, 1), 1.0)
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optim: OptimConfig, layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """An optimizer from timm's factory; torch's fused implementation where it has one.
 
     Biases, norms, layer scales and everything in `model.no_weight_decay()` have no weight decay. None clips by itself.
+
+    Args:
+        model: whose parameters it updates.
+        optim: kind and settings.
+        layer_decay: factor of the learning rate from each layer of timm's `model.group_matcher()` to the one before it
+            (BEiT, arXiv 2106.08254): it becomes the groups' `lr_scale`.
 
     Raises:
         ConfigError: timm knows no optimizer of that name, or it takes no such setting.
@@ -50,6 +60,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         raise ConfigError(f"There is no optimizer `{optim.name}`", where="optim.name", fix=hint)
     settings: dict[str, object] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "eps": optim.eps}
     settings["betas"] = optim.betas
+    if layer_decay != 1:
+        settings["layer_decay"] = layer_decay
     kind = timm.optim.get_optimizer_info(name).opt_class
     if name in FUSED:
         settings["fused"] = True

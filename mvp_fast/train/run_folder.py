@@ -10,6 +10,7 @@ RUN/
     checkpoints/step-XXXXXXXX/
     profile/              what `mvp-fast train --profile` found; see profile/session.py
     export/
+    model/                the CLIP that `mvp-fast teacher fit` trained, in open_clip's hub format; with results.json
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from mvp_fast import __version__
 from mvp_fast.config.load import save_config
-from mvp_fast.config.schema import Config
+from mvp_fast.config.schema import RunSettings
 from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.train.checkpoint import find_checkpoint, list_checkpoints
 from mvp_fast.train.distributed import Ranks
@@ -43,7 +44,7 @@ PACKAGES = (
 )
 
 
-def resume_point(config: Config) -> Path | None:
+def resume_point(config: RunSettings) -> Path | None:
     """The checkpoint that `config.resume` asks for; None for a new run.
 
     Raises:
@@ -77,7 +78,7 @@ def _refuse_other_run(folder: Path) -> None:
         )
 
 
-def prepare_folder(config: Config, environment: dict[str, Any]) -> Path:
+def prepare_folder(config: RunSettings, environment: dict[str, Any]) -> Path:
     """Make the folder and write config.yaml and environment.json.
 
     Raises:

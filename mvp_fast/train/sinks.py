@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mvp_fast.config.load import config_to_dict
-from mvp_fast.config.schema import Config
+from mvp_fast.config.schema import RunSettings
 from mvp_fast.errors import EnvironmentProblem
 
 Metrics = dict[str, Any]
@@ -69,7 +69,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A Weights & Biases run named after the run's folder; a resumed run goes on in the same one."""
 
-    def __init__(self, project: str, folder: Path, config: Config) -> None:
+    def __init__(self, project: str, folder: Path, config: RunSettings) -> None:
         import wandb
 
         remembered = folder / "wandb_id.txt"  # two folders of one name, or a run begun anew, are two runs
@@ -94,7 +94,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def check_sinks(config: Config) -> None:
+def check_sinks(config: RunSettings) -> None:
     """Look for what the sinks need, before anything is built or written.
 
     Raises:
@@ -108,7 +108,7 @@ def check_sinks(config: Config) -> None:
         )
 
 
-def open_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
+def open_sinks(config: RunSettings, folder: Path, start_step: int) -> list[Sink]:
     """The sinks that the configuration asks for, `metrics.jsonl` first."""
     sinks: list[Sink] = [MetricsFile(folder / "metrics.jsonl", start_step)]
     if config.run.tensorboard:

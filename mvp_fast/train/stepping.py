@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from mvp_fast.errors import DataError
+from mvp_fast.errors import DataError, EnvironmentProblem
 from mvp_fast.loaders.base import Batch, Loader
 from mvp_fast.loaders.prefetch import Prefetcher
-from mvp_fast.train.build import Run
 from mvp_fast.train.guards import StopRequest
 from mvp_fast.train.optim import learning_rate, set_learning_rate
 from mvp_fast.train.pace import Pace
+from mvp_fast.train.run import Run
 
 
 class Event(IntEnum):
@@ -52,7 +52,7 @@ class Stepping:
         try:
             with self.run.step.stage("data wait"):
                 batch = next(self.prefetcher)
-        except (DataError, OSError) as error:  # also what the machine refuses, such as another open file
+        except (DataError, EnvironmentProblem, OSError) as error:  # also what the machine refuses, such as a file
             event, failure = Event.DATA_FAILED, error
         if self.stop.requested:
             event = max(event, Event.STOP)
@@ -71,4 +71,4 @@ class Stepping:
         run.replaced += int((batch.rows.attempt_B > 0).sum())
         if run.ema is not None:
             with run.step.stage("optimizer"):
-                run.ema.update(run.student, step=run.steps_done)
+                run.ema.update(run.model, step=run.steps_done)

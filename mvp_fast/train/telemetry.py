@@ -16,7 +16,7 @@ from torch import Tensor
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.pace import in_words
 from mvp_fast.train.sinks import Metrics
-from mvp_fast.train.step import StepResult
+from mvp_fast.train.update import StepResult
 
 
 class Interval:

@@ -26,6 +26,13 @@ class Options:
     """imagenet: ImageNet's image sizes and about 110 KB a file, to measure with. small: 96 x 96, to learn from."""
     seed: int = 0
     """Decides what is drawn."""
+    pairs: Literal["all", "seen", "held-out"] = "all"
+    """Which pairs of colour and shape objects may have: all, all but the held-out ones, or those alone. A set of
+    `seen` to train on and one of `held-out` to test on share no pair, in no object."""
+    holdout_share: float = 0.2
+    """Share of the pairs that is held out, the same number of every colour and of every shape."""
+    holdout_seed: int = 0
+    """Decides which pairs are held out; the same for both sets."""
     workers: int = 0
     """Processes that draw; 0 takes one a core."""
 
@@ -34,9 +41,10 @@ def main(argv: list[str]) -> int:
     """Run the verb; returns its exit code."""
     options = parse(Options, argv, "data scenes")
 
-    from mvp_fast.samples.scenes import SceneSet, write_set
+    from mvp_fast.samples.scenes import SceneSet, chosen_pairs, write_set
 
-    asked = SceneSet(options.images, options.profile, options.seed)
+    pairs = chosen_pairs(options.pairs, options.holdout_share, options.holdout_seed)
+    asked = SceneSet(options.images, options.profile, options.seed, pairs)
     with progress("drawing scenes") as told:
         report = write_set(options.out, asked, options.workers, told and (lambda done: told(done, options.images)))
     size = f"{report.bytes / report.images / 1000:.0f} KB a file"
@@ -47,6 +55,8 @@ def main(argv: list[str]) -> int:
     else:
         print("The set is complete: nothing to draw.")
     print(f"set      {report.images:,} images, {size}, {len(report.classes)} classes, profile {options.profile}")
+    if pairs is not None:
+        print(f"pairs    {options.pairs}: {len(pairs)} of colour and shape")
     print(f"folder   {report.folder}")
     print(f"next     mvp-fast data index {report.folder}")
     return 0

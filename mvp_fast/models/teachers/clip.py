@@ -8,8 +8,8 @@ Shape legend: B images, N patches, M tokens in the loss, D channels.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -20,6 +20,7 @@ from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.models.teachers.base import check_grid, fingerprint
 from mvp_fast.models.teachers.clip_block import block
+from mvp_fast.models.teachers.clip_settings import clip_words, model_settings
 from mvp_fast.models.teachers.clip_weights import find_source, load_tower
 from mvp_fast.models.teachers.tower import TowerTeacher
 
@@ -65,6 +66,11 @@ class ClipTeacher(TowerTeacher):
         conv: nn.Conv2d = self.visual.conv1
         return conv
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks."""
+        return list(self.visual.transformer.resblocks)
+
     def _features(self, x_BND: Tensor, index_BM: Tensor) -> Tensor:
         """From embedded patches on."""
         visual = self.visual
@@ -80,7 +86,12 @@ class ClipTeacher(TowerTeacher):
 
 
 def build_clip(
-    config: TeacherConfig, *, grid: tuple[int, int] = (14, 14), image_size: int = 224, impl: str = "auto"
+    config: TeacherConfig,
+    *,
+    grid: tuple[int, int] = (14, 14),
+    image_size: int = 224,
+    impl: str = "auto",
+    weights: Path | None = None,
 ) -> ClipTeacher:
     """Build the tower, on the CPU in float32; the text tower is neither built nor kept.
 
@@ -90,17 +101,18 @@ def build_clip(
             as open_clip does it.
         image_size: side of the crops, pixels; the tower never sees more pixels than they have.
         impl: implementation of mvp_kernels: auto, triton or reference.
+        weights: a file with the same weights, read in place of what config.pretrained names.
 
     Raises:
         ConfigError: there is no such model or tag, it is not a plain CLIP ViT, or its grid can't be the student's.
         DataError: the checkpoint file is missing, damaged, or of another model.
         EnvironmentProblem: the weights have to be downloaded, and can't be.
     """
-    model = _model_config(config.name)
+    model = model_settings(config.name)
     vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
-    _check_tower(config.name, vision)
+    check_tower(config.name, vision)
     check_grid(config.name, vision.patch_size, grid, image_size, _fitting(image_size // max(grid)))
-    source = find_source(config, bool(model.get("quick_gelu", False)))
+    source = find_source(config, bool(model.get("quick_gelu", False)), weights)
     vision.image_size = (grid[0] * vision.patch_size, grid[1] * vision.patch_size)
     # open_clip builds a tower only as part of a whole CLIP: the text tower is as small as can be, and is dropped.
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
@@ -119,7 +131,7 @@ def build_clip(
     }
     return ClipTeacher(
         clip.visual,
-        words=f"{config.name} ({config.pretrained})",
+        words=clip_words(config.name, config.pretrained),
         mean=source.mean,
         std=source.std,
         fingerprint=fingerprint(description, clip.visual.state_dict()),
@@ -127,19 +139,8 @@ def build_clip(
     )
 
 
-def _model_config(name: str) -> dict[str, Any]:
-    names = open_clip.list_models()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or ["ViT-B-16"]
-        raise ConfigError(
-            f"open_clip has no model named {name!r}", where="teacher.name", fix=f"Did you mean {' or '.join(near)}?"
-        )
-    model: dict[str, Any] = open_clip.get_model_config(name)
-    return model
-
-
-def _check_tower(name: str, vision: open_clip.CLIPVisionCfg) -> None:
-    """Only a plain ViT with a CLS token has `ln_post(token) @ proj` as the feature of every token."""
+def check_tower(name: str, vision: open_clip.CLIPVisionCfg, where: str = "teacher.name") -> None:
+    """ConfigError where it is no plain ViT with a CLS token: else `ln_post(token) @ proj` is no token's feature."""
     obstacle = ""
     if vision.timm_model_name:
         obstacle = f"is timm's {vision.timm_model_name}"
@@ -152,7 +153,7 @@ def _check_tower(name: str, vision: open_clip.CLIPVisionCfg) -> None:
     if obstacle:
         raise ConfigError(
             f"{name} can't be the teacher: its vision tower {obstacle}",
-            where="teacher.name",
+            where=where,
             fix="Take a plain CLIP ViT, such as ViT-B-16 or ViT-L-14",
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvp_kernels import dispatch
 
@@ -34,18 +34,25 @@ def block(resblock: Any, x_BND: Tensor, index_BM: Tensor | None = None, impl: st
     return out_BMD
 
 
-def _attention(module: nn.MultiheadAttention, x_BND: Tensor, asking_BMD: Tensor | None) -> Tensor:
-    """`module(x, x, x)`; with `asking_BMD`, `module(asking, x, x)`."""
-    weight, shift = module.in_proj_weight, module.in_proj_bias
-    assert weight is not None  # it is where keys and values are as wide as queries
+def _attention(module: Any, x_BND: Tensor, asking_BMD: Tensor | None) -> Tensor:
+    """nn.MultiheadAttention as `module(x, x, x)`; with `asking_BMD`, `module(asking, x, x)`."""
     if asking_BMD is None:
-        q, k, v = _heads(F.linear(x_BND, weight, shift), 3, module.num_heads)
+        q, k, v = _heads(_project_in(module, x_BND), 3, module.num_heads)
     else:
         first = module.embed_dim
-        (q,) = _heads(F.linear(asking_BMD, weight[:first], shift[:first]), 1, module.num_heads)
-        k, v = _heads(F.linear(x_BND, weight[first:], shift[first:]), 2, module.num_heads)
+        (q,) = _heads(_project_in(module, asking_BMD, stop=first), 1, module.num_heads)
+        k, v = _heads(_project_in(module, x_BND, start=first), 2, module.num_heads)
     out_BMHD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return F.linear(out_BMHD.flatten(2), module.out_proj.weight, module.out_proj.bias)
+    out_BMD: Tensor = module.out_proj(out_BMHD.flatten(2))
+    return out_BMD
+
+
+def _project_in(module: Any, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Queries, keys and values in one, or some channels of them; in FP8 where the tower was quantised (`fp8`)."""
+    if module.in_proj_weight is None:
+        fp8: Tensor = module.fp8_in(x, start, stop)
+        return fp8
+    return F.linear(x, module.in_proj_weight[start:stop], module.in_proj_bias[start:stop])
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

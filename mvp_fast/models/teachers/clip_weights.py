@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.models.teachers.checkpoint_file import FILE_TYPES, RANDOM, read_checkpoint
+from mvp_fast.models.teachers.clip_settings import SETTINGS, WEIGHTS, clip_folder, takes_own_weights
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,16 @@ class Source:
     quick_gelu: bool = False
 
 
-def find_source(config: TeacherConfig, quick_gelu: bool) -> Source:
+def find_source(config: TeacherConfig, quick_gelu: bool, weights: Path | None = None) -> Source:
     """Resolve `pretrained`: `random`, a tag (downloaded, or taken from the cache), or the path of a file.
+
+    Where the name is a folder that holds a CLIP, the default stands for the weights in it.
 
     Args:
         config: name and pretrained.
         quick_gelu: what the model named by config.name uses. A tag knows better: `openai` weights need it even where
             the name is plain ViT-B-16.
+        weights: a file with the same weights, read in place of what `pretrained` names; nothing is downloaded.
 
     Raises:
         ConfigError: there is no such tag.
@@ -54,13 +58,21 @@ def find_source(config: TeacherConfig, quick_gelu: bool) -> Source:
     wanted = config.pretrained
     if wanted == RANDOM:
         return Source(None, quick_gelu=quick_gelu)
+    folder = clip_folder(config.name)
+    if folder is not None and takes_own_weights(wanted):
+        if not (folder / WEIGHTS).is_file():
+            raise DataError(f"The CLIP's folder has no {WEIGHTS}", where=f"teacher.name {config.name}")
+        return _file_source(folder / WEIGHTS, quick_gelu)
     tag = open_clip.get_pretrained_cfg(config.name, wanted)
     if tag:
-        path = _download(config.name, wanted, tag)
+        path = weights or _download(config.name, wanted, tag)
         return Source(path, tuple(tag["mean"]), tuple(tag["std"]), bool(tag.get("quick_gelu", False)))
     path = Path(wanted).expanduser()
     if path.is_file():
-        return _file_source(path, quick_gelu)
+        found = _file_source(path, quick_gelu)
+        return found if weights is None else replace(found, path=weights)
+    if weights is not None:
+        return _file_source(weights, quick_gelu)
     if path.is_dir() or path.suffix in FILE_TYPES or len(path.parts) > 1:
         raise DataError(
             "There is no such checkpoint file",
@@ -99,7 +111,8 @@ def load_tower(clip: Any, path: Path) -> None:
         raise DataError(
             f"The checkpoint is of another model: {len(wrong)} weights do not fit, first {'; '.join(wrong[:3])}",
             where=f"teacher.pretrained {path}",
-            fix="Give in teacher.name the open_clip model that the checkpoint is of",
+            fix="Give in teacher.name the open_clip model that the checkpoint is of, or the folder that holds it beside"
+            f" {SETTINGS}",
         )
     clip.visual.load_state_dict(state)
 
@@ -118,7 +131,7 @@ def _download(name: str, tag: str, settings: dict[str, Any]) -> Path:
 
 def _file_source(path: Path, quick_gelu: bool) -> Source:
     """A local file; open_clip_config.json beside it, as its hub folders have, tells its statistics and activation."""
-    beside = path.with_name("open_clip_config.json")
+    beside = path.with_name(SETTINGS)
     if not beside.is_file():
         return Source(path, quick_gelu=quick_gelu)
     try:
@@ -134,16 +147,23 @@ def _file_source(path: Path, quick_gelu: bool) -> Source:
         raise DataError(f"The checkpoint's configuration can't be read: {error}", where=str(beside)) from error
 
 
-def _tower_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of the vision tower, named `visual.*`."""
+def checkpoint_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under open_clip's names; none where it holds something else.
+
+    Raises:
+        DataError: the file is damaged, or holds more than tensors.
+    """
     found = read_checkpoint(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    tensors = {}
-    if isinstance(found, dict):
-        tensors = {
-            str(name).removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)
-        }
+    if not isinstance(found, dict):
+        return {}
+    return {str(name).removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _tower_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of the vision tower, named `visual.*`."""
+    tensors = checkpoint_tensors(path)
     if "class_embedding" in tensors:  # a vision tower saved on its own
         return {f"visual.{name}": tensor for name, tensor in tensors.items()}
     tower = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}

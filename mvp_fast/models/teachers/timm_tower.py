@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mvp_fast.config.schema import TeacherConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.models.teachers.base import fingerprint
+from mvp_fast.models.teachers.fp8 import project
 from mvp_fast.models.teachers.timm_weights import VitSource, build_vit, find_vit
 from mvp_fast.models.teachers.tower import TowerTeacher
 from mvp_kernels import dispatch
@@ -184,10 +185,9 @@ def last_block(block: Any, x_BTD: Tensor, place_BM: Tensor, impl: str = "auto") 
 
 
 def _attention(attn: Any, x_BTD: Tensor, asking_BMD: Tensor) -> Tensor:
-    weight, shift, size = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
-    of_q, of_kv = (None, None) if shift is None else (shift[:size], shift[size:])
-    q_BHMD = F.linear(asking_BMD, weight[:size], of_q).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    both = F.linear(x_BTD, weight[size:], of_kv).unflatten(-1, (2, attn.num_heads, -1))
+    size = attn.attn_dim
+    q_BHMD = project(attn.qkv, asking_BMD, stop=size).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    both = project(attn.qkv, x_BTD, start=size).unflatten(-1, (2, attn.num_heads, -1))
     k_BHTD, v_BHTD = both.permute(2, 0, 3, 1, 4).unbind(0)
     out_BHMD = F.scaled_dot_product_attention(attn.q_norm(q_BHMD), attn.k_norm(k_BHTD), v_BHTD)
     out_BMD = attn.norm(out_BHMD.transpose(1, 2).flatten(2))

@@ -39,6 +39,11 @@ class TowerTeacher(Teacher):
     def embedding(self) -> nn.Conv2d:
         """The tower's own patch embedding."""
 
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks."""
+
     @abstractmethod
     def _features(self, x_BND: Tensor, index_BM: Tensor) -> Tensor:
         """From embedded patches on: features_BMD."""

@@ -12,10 +12,12 @@ is a folder:
 Image i depends on (seed, profile, pairs, i) alone. On one machine the files are the same byte for byte whenever and by
 however many workers they are drawn; another version of numpy or libjpeg may round differently.
 
-To hold combinations out, draw one set with `pairs=all_pairs() - held_out` and another with `pairs=held_out`.
+To hold combinations out, draw one set with `pairs=all_pairs() - held_out` and another with `pairs=held_out`;
+`held_out_pairs` chooses some evenly.
 """
 
 from mvp_fast.samples.scenes.caption import caption
+from mvp_fast.samples.scenes.compositions import chosen_pairs, held_out_pairs
 from mvp_fast.samples.scenes.draw import Drawing, draw
 from mvp_fast.samples.scenes.folder import SceneSet, SetReport
 from mvp_fast.samples.scenes.layout import layout
@@ -33,7 +35,9 @@ __all__ = [
     "SetReport",
     "all_pairs",
     "caption",
+    "chosen_pairs",
     "draw",
+    "held_out_pairs",
     "layout",
     "write_set",
 ]

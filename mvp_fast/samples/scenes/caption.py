@@ -8,7 +8,12 @@ from mvp_fast.samples.scenes.vocabulary import GROUNDS, SIZES
 
 def name(thing: ObjectSpec) -> str:
     """The object in words: "a large striped red square"."""
-    return f"a {SIZES[thing.size].phrase} {thing.texture} {thing.colour} {thing.shape}"
+    return phrase(thing.shape, thing.colour, thing.texture, thing.size)
+
+
+def phrase(shape: str, colour: str, texture: str, size: str) -> str:
+    """An object of these words of the vocabulary, as captions name it."""
+    return f"a {SIZES[size].phrase} {texture} {colour} {shape}"
 
 
 def caption(scene: SceneSpec) -> str:

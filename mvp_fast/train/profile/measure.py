@@ -14,7 +14,7 @@ import torch
 from mvp_fast.errors import DataError
 from mvp_fast.loaders.base import Loader, StageStats
 from mvp_fast.loaders.registry import make_loader, resolve
-from mvp_fast.train.build import Run, build_loader
+from mvp_fast.train.build import PretrainRun
 from mvp_fast.train.guards import StopRequest
 from mvp_fast.train.pace import Pace
 from mvp_fast.train.profile import memory
@@ -50,7 +50,7 @@ class Taken:
     warm_up: int = 0
 
 
-def take(run: Run, steps: int, snapshot: Path | None, tell: Tell) -> Taken:
+def take(run: PretrainRun, steps: int, snapshot: Path | None, tell: Tell) -> Taken:
     """Take all steps: with the run's loader, measured and then traced, and with resident batches.
 
     Args:
@@ -65,7 +65,7 @@ def take(run: Run, steps: int, snapshot: Path | None, tell: Tell) -> Taken:
     recorder = Recorder(run.ranks.device)
     run.step.stage = recorder
     warm_up = WARM_UP[run.ranks.device.type] + run.config.data.prefetch + 1
-    with _Steps(run, build_loader(run, None), recorder) as real:
+    with _Steps(run, run.build_loader(None), recorder) as real:
         timeline, stretch = real.measured(warm_up, steps, lambda text: tell(f"own loader: {text}"))
         tell("memory")
         parts = memory.of_step(run.ranks.device, real.step)
@@ -89,7 +89,7 @@ def take(run: Run, steps: int, snapshot: Path | None, tell: Tell) -> Taken:
 class _Steps:
     """A loader under way, and steps with its batches."""
 
-    def __init__(self, run: Run, loader: Loader, recorder: Recorder) -> None:
+    def __init__(self, run: PretrainRun, loader: Loader, recorder: Recorder) -> None:
         self.run, self.loader, self.recorder = run, loader, recorder
         self.open = ExitStack()
 

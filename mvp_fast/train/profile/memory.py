@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mvp_fast.train.build import Run
+from mvp_fast.train.build import PretrainRun
 from mvp_fast.train.sharding import local_part
 
 # Of allocations in a snapshot; the oldest make room. A step of a large model has some ten thousand.
 SNAPSHOT_ENTRIES = 200_000
 
 
-def resident(run: Run) -> dict[str, int]:
+def resident(run: PretrainRun) -> dict[str, int]:
     """What the parts of a run hold on this rank, after a step; parts that it does not have are left out."""
     optimizer = [each for state in run.optimizer.state.values() for each in state.values()]
     parts = {

@@ -21,7 +21,7 @@ from mvp_fast.models.student import Student
 from mvp_fast.models.teachers.base import Teacher
 from mvp_fast.models.teachers.clip import ClipTeacher
 from mvp_fast.models.teachers.timm_tower import TimmTeacher
-from mvp_fast.train.build import Run
+from mvp_fast.train.build import PretrainRun
 from mvp_fast.train.sharding import local_part
 
 # Of Adam (arXiv 1412.6980) with decoupled decay, a weight: 3 for each average, one square, root, shift, two
@@ -131,7 +131,7 @@ def teacher_tower(teacher: Teacher) -> Tower | None:
     )
 
 
-def operations(run: Run) -> dict[str, Work]:
+def operations(run: PretrainRun) -> dict[str, Work]:
     """Work of this rank a step, by stage; stages of which nothing exact can be said are left out."""
     config, images = run.config, run.plan.local_batch_size
     size = 2 if config.train.precision == "bf16" else 4

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,9 +27,8 @@ from mvp_fast.config.schema import Config
 from mvp_fast.errors import ConfigError, EnvironmentProblem
 from mvp_fast.loaders.registry import decodes_on_gpu, resolve
 from mvp_fast.samples.files import replacing
-from mvp_fast.train.build import Run, build_run
+from mvp_fast.train.build import PretrainRun, build_run
 from mvp_fast.train.distributed import Ranks
-from mvp_fast.train.loop import header
 from mvp_fast.train.profile.measure import Taken, Tell, take
 from mvp_fast.train.profile.numbers import Numbers, RankNumbers, Settings
 from mvp_fast.train.profile.operations import operations
@@ -39,6 +39,7 @@ from mvp_fast.train.profile.trace import build_trace, write_trace
 from mvp_fast.train.profile.verdict import judge
 from mvp_kernels import dispatch
 
+GRAPH_LEFT_OUT = "; without train.step-graph, in which no stage can be told from another"
 # What a rank does before it waits for the others, in the backward pass.
 BEFORE_THEY_MEET = ("data wait", "copy", "patchify", "teacher", "student forward", "loss")
 
@@ -58,12 +59,13 @@ def profile(config: Config, ranks: Ranks, steps: int) -> Path:
         raise ConfigError(f"{steps} steps are none to measure", where="--profile", fix="Give 1 or more, or no number")
     folder = Path(config.run.dir) / "profile"
     _check_writable(folder, ranks)
-    run = build_run(config, ranks, None)
+    # Inside a graph no stage can be told from another.
+    run = build_run(replace(config, train=replace(config.train, step_graph=False)), ranks, None)
     kernels = dispatch.resolve(config.kernels.impl, ranks.device.type)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if ranks.is_main:
-        told = [line for line in header(run, kernels, None).splitlines() if not line.startswith("run ")]
-        told.append(f"profile   {steps} steps, in {folder}")
+        told = run.header(kernels)
+        told.append(f"profile   {steps} steps, in {folder}{GRAPH_LEFT_OUT if config.train.step_graph else ''}")
         console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)
     with _progress(ranks.is_main) as tell:
         snapshot = folder / "memory.pickle" if ranks.is_main and ranks.device.type == "cuda" else None
@@ -108,7 +110,7 @@ def _check_writable(folder: Path, ranks: Ranks) -> None:
         ) from problem
 
 
-def _settings(run: Run, taken: Taken, kernels: str) -> Settings:
+def _settings(run: PretrainRun, taken: Taken, kernels: str) -> Settings:
     config, ranks = run.config, run.ranks
     gpu = ranks.device.type == "cuda"
     loader = resolve(config.data.loader, config.data, ranks.device)
@@ -132,7 +134,7 @@ def _settings(run: Run, taken: Taken, kernels: str) -> Settings:
     )
 
 
-def _all_ranks(run: Run, taken: Taken) -> list[RankNumbers]:
+def _all_ranks(run: PretrainRun, taken: Taken) -> list[RankNumbers]:
     """Every rank's own figures, on every rank."""
     real, ranks = taken.stretches["real"], run.ranks
     mine = torch.zeros(ranks.world, 3, dtype=torch.float64)

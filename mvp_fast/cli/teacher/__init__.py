@@ -1,0 +1,1 @@
+"""The verbs of `mvp-fast teacher`: make one."""
