@@ -449,7 +449,7 @@ def test_hog_is_skimages(grid: int, size: int, scenes: Path) -> None:
     torch.testing.assert_close(wide, want, rtol=0, atol=5e-7)  # skimage adds up in float32
     single = teacher(patches, all_tokens(teacher, 5))
     assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(single.double(), want, rtol=0, atol=1e-6)
     assert not want[-1].any(), "a single colour has gradients"
     assert want[0].any(-1).all()
 

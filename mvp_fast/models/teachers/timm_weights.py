@@ -256,7 +256,7 @@ def _tensors(found: Any, where: str) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             for prefix in PREFIXES:
                 name = str(name).removeprefix(prefix)
-            tensors[name] = value
+            tensors[name] = value.float() if value.is_floating_point() else value
     if not tensors:
         raise DataError("The checkpoint holds no weights", where=where, fix="Give a file with a model's state_dict")
     return tensors
