@@ -298,7 +298,7 @@ def test_the_loss_is_the_pixels_cross_entropy() -> None:
         if target_BHW[b, y, x] != IGNORED:
             total = total - scores_BCHW[b, :, y, x].log_softmax(0)[target_BHW[b, y, x].long()]
     assert float(found.detach()) == pytest.approx(float(total.detach()) / 180, rel=1e-5)
-    assert float(pixel_loss(scores_BChw, torch.full((2, 9, 10), IGNORED, dtype=torch.int16))) == 0
+    assert float(pixel_loss(scores_BChw.detach(), torch.full((2, 9, 10), IGNORED, dtype=torch.int16))) == 0
 
 
 def settings_of(**segment: object) -> SegmentSettings:

@@ -24,6 +24,7 @@ from mvp_fast.evaluate.results import read_results
 from mvp_fast.evaluate.segment.finish import finish
 from mvp_fast.evaluate.segment.run import SegmentRun, build_segment_run
 from mvp_fast.evaluate.segment.scores import Confusion
+from mvp_fast.evaluate.segment.source import load_at
 from mvp_fast.train.checkpoint import list_checkpoints
 from mvp_fast.train.distributed import Ranks
 from tests.conftest import Launcher, Process, arguments, read_metrics
@@ -240,15 +241,15 @@ def test_the_last_evaluation_goes_on_where_it_was_killed(whole: Path, tmp_path: 
         finish(run, lambda: True)
 
 
-def test_a_complete_run_only_judges(segment: Segment, whole: Path, tmp_path: Path) -> None:
+def test_a_complete_run_only_judges(
+    words: Words, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copied = Path(shutil.copytree(whole, tmp_path / "run"))
     (copied / "results.json").unlink()
-    process = segment(
-        copied, resume="auto", train__ema_decay=0.5, train__checkpoint_every=2, train__keep_checkpoints=0,
-        segment__evaluate_every=4,
-    )  # fmt: skip
-    assert process.wait() == 0, process.err
-    assert "The run is complete: 6 steps" in process.out
+    settings = {"train__ema_decay": 0.5, "train__checkpoint_every": 2, "train__keep_checkpoints": 0}
+    given = words(copied, resume="auto", segment__evaluate_every=4, **settings)
+    assert main(list(map(str, given))) == 0
+    assert "The run is complete: 6 steps" in capsys.readouterr().out
     assert read_results(copied / "results.json")["per_class"] == read_results(whole / "results.json")["per_class"]
 
 
@@ -283,12 +284,11 @@ def test_a_pre_training_run_is_segmented(
     assert process.wait() == 0, process.err
     assert f"of {tmp_path / 'pre'}, step 1" in process.out
     assert "6 x 6 patches" in process.out
-    process = segment(tmp_path / "scratch", "--from-scratch", model=tmp_path / "pre", train__steps=1)
-    assert process.wait() == 0, process.err
-    fingerprints = [
-        read_results(tmp_path / name / "results.json")["backbone"]["fingerprint"] for name in ("run", "scratch")
-    ]
-    assert fingerprints[0] != fingerprints[1]
+    fresh, origin = load_at(BackboneSource(str(tmp_path / "pre"), seed=1), 96, from_scratch=True)
+    trained = read_results(tmp_path / "run" / "results.json")["backbone"]
+    assert origin.fingerprint != trained["fingerprint"]
+    assert trained["fingerprint"] == load_backbone(BackboneSource(str(tmp_path / "pre"))).fingerprint
+    assert (fresh.grid, fresh.depth, fresh.width) == ((6, 6), 2, 64)
     # A segmentation run is no pre-training run.
     with pytest.raises(DataError, match="of no pre-trained student, but of a run of the task segment"):
         load_backbone(BackboneSource(str(tmp_path / "run")))

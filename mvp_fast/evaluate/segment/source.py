@@ -75,5 +75,5 @@ def _fresh(source: BackboneSource) -> Backbone:
     if not path.is_dir():
         return load_backbone(replace(source, untrained=True))
     network = describe_folder(path, source.checkpoint)
-    words = f"{network.architecture} of the shape of {path}'s, with fresh weights (seed {source.seed})"
+    words = f"{network.architecture} shaped as in {path}, with fresh weights (seed {source.seed})"
     return Backbone(network.build(source.seed).eval(), words)
