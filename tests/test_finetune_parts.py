@@ -19,9 +19,9 @@ from mvp_fast.config.finetune import AugmentationConfig, FinetuneConfig, ModelCo
 from mvp_fast.config.load import load_settings
 from mvp_fast.config.schema import DataConfig, MaskConfig, OptimConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
+from mvp_fast.evaluate.drop_path import PlannedDepth
 from mvp_fast.evaluate.finetune import augment_worker
 from mvp_fast.evaluate.finetune.augment import RandAugmentLoader
-from mvp_fast.evaluate.finetune.drop_path import PlannedDepth
 from mvp_fast.evaluate.finetune.mixing import Erasing, Mixing, pair_order
 from mvp_fast.evaluate.finetune.score import Counts, Score, Stopped, count
 from mvp_fast.evaluate.finetune.step import Normaliser
@@ -226,7 +226,7 @@ def test_planned_depth_against_a_plain_loop() -> None:
     model.double()
     images_BCHW = torch.randn(size, 3, 64, 64, dtype=torch.float64)
     plain_BK = model.eval()(images_BCHW)
-    planned = PlannedDepth(model, 0.3)
+    planned = PlannedDepth(model, 0.3, "finetune.drop-path")
     assert planned.rates == pytest.approx([0.0, 0.15, 0.3])
     scale_LSB = torch.rand(depth, 2, size) * (torch.rand(depth, 2, size) > 0.4)
     planned.set(scale_LSB)
@@ -240,7 +240,7 @@ def test_planned_depth_against_a_plain_loop() -> None:
     torch.testing.assert_close(model.train()(images_BCHW), expected_BK, atol=1e-10, rtol=1e-10)
     assert not torch.allclose(expected_BK, plain_BK)
     untouched = small_beit()
-    assert PlannedDepth(untouched, 0.0).rates == []
+    assert PlannedDepth(untouched, 0.0, "finetune.drop-path").rates == []
     assert isinstance(untouched.blocks[0].drop_path1, nn.Identity)
 
 

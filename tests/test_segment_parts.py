@@ -19,7 +19,7 @@ from mvp_fast.config.segment import SegmentConfig, SegmentSettings, check_segmen
 from mvp_fast.errors import ConfigError
 from mvp_fast.evaluate.backbone import Backbone, BackboneSource, load_backbone
 from mvp_fast.evaluate.segment.legend import IGNORED
-from mvp_fast.evaluate.segment.network import GivenDropPath, Noise, Segmenter, default_blocks, make_pyramid
+from mvp_fast.evaluate.segment.network import Noise, Segmenter, default_blocks, make_pyramid
 from mvp_fast.evaluate.segment.noise import change_colours, draw_colours, draw_noise, slice_noise
 from mvp_fast.evaluate.segment.plan import SegmentPlan
 from mvp_fast.evaluate.segment.scores import Confusion
@@ -209,20 +209,21 @@ def test_layer_decay_is_beits(exported: Path) -> None:
 def test_dropped_branches_are_timms_stochastic_depth() -> None:
     """The same factors put into timm's own sum of residuals, block by block."""
     segmenter = Segmenter(tiny_backbone(), 3, channels=8, blocks=(0, 1, 2, 3), drop_path=0.3).train()
-    assert segmenter.rates == pytest.approx([0.3 * i / 11 for i in range(4)])
-    scale_LSB = torch.rand(4, 2, 2)
+    assert segmenter.depth.rates == pytest.approx([0.3 * i / 11 for i in range(12)])
+    scale_LSB = torch.rand(12, 2, 2)
     model, pixels = segmenter.backbone.model, segmenter.backbone.pixels(random_images(2))
-    segmenter._drop_branches(scale_LSB)
+    segmenter.depth.set(scale_LSB)
     found = segmenter.features(pixels)[-1]
-    segmenter._drop_branches(None)
     x = model._pos_embed(model.patch_embed(pixels))
-    for block, (attention_B, mlp_B) in zip(model.blocks, scale_LSB, strict=True):
+    for block, (attention_B, mlp_B) in zip(model.blocks, scale_LSB[:4], strict=True):
         x = x + attention_B[:, None, None] * block.ls1(block.attn(block.norm1(x)))
         x = x + mlp_B[:, None, None] * block.ls2(block.mlp(block.norm2(x)))
     torch.testing.assert_close(found, x[:, 1:].transpose(1, 2).reshape(2, 192, 4, 4), atol=1e-5, rtol=1e-5)
     assert not any(isinstance(module, timm.layers.DropPath) for module in segmenter.modules())
-    branch_BND = torch.randn(2, 3, 4)
-    assert torch.equal(GivenDropPath()(branch_BND), branch_BND)
+    kept = copy.deepcopy(segmenter)  # as averaging does: each has its own choice
+    kept.depth.set(torch.zeros(12, 2, 2))
+    assert torch.equal(segmenter.features(pixels)[-1], found)
+    assert not torch.equal(kept.features(pixels)[-1], found)
 
 
 def test_noise_has_its_rates_and_belongs_to_the_samples() -> None:

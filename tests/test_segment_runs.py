@@ -172,7 +172,7 @@ def test_results_are_those_of_the_averaged_weights(whole: Path) -> None:
     counts = {}
     for name, model in (("averaged", run.trained), ("last", run.model)):
         confusion = Confusion(11, ONE.device)
-        assert run.judge(None)(model, run.share(), confusion, lambda: False)
+        assert run.judge()(model, run.share(), confusion, lambda: False)
         counts[name] = confusion
     results = read_results(whole / "results.json")
     assert counts["averaged"].figures().miou == pytest.approx(results["miou"])
@@ -222,7 +222,7 @@ def test_the_last_evaluation_goes_on_where_it_was_killed(whole: Path, tmp_path: 
         assert (int(kept["done"]), int(kept["counts"].sum())) == (3, 3 * 96 * 96)
     assert not (copied / "results.json").exists()
     judged: list[int] = []
-    judge = run.judge(None)
+    judge = run.judge()
     read = type(judge).read
     try:
         type(judge).read = lambda self, number: judged.append(number) or read(self, number)  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ from typing import Any
 from mvp_fast.config.finetune import FinetuneConfig
 from mvp_fast.errors import ConfigError
 from mvp_fast.evaluate.backbone import Backbone, BackboneSource, load_backbone
-from mvp_fast.evaluate.finetune.drop_path import PlannedDepth
+from mvp_fast.evaluate.drop_path import PlannedDepth
 from mvp_fast.evaluate.finetune.run import FinetuneRun, Origin, compiles, training_plan
 from mvp_fast.evaluate.finetune.step import FinetuneStep, Normaliser
 from mvp_fast.evaluate.labels import Labels, match_labels, stratified_rows
@@ -74,7 +74,7 @@ def build_run(config: FinetuneConfig, ranks: Ranks, checkpoint: Path | None) -> 
     _check_pairs(config, plan.local_batch_size // config.train.accumulate)
 
     give_head(model, len(labels.classes), config.finetune.head_init_scale, config.seed)
-    depth = PlannedDepth(model, config.finetune.drop_path)
+    depth = PlannedDepth(model, config.finetune.drop_path, "finetune.drop-path")
     if config.train.recompute:
         model.set_grad_checkpointing(True)
     model.train()

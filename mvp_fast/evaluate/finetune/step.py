@@ -12,7 +12,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from mvp_fast.config.finetune import FinetuneConfig
-from mvp_fast.evaluate.finetune.drop_path import PlannedDepth
+from mvp_fast.evaluate.drop_path import PlannedDepth
 from mvp_fast.evaluate.finetune.mixing import Erasing, Mixing
 from mvp_fast.loaders.base import Batch
 from mvp_fast.train.drop_path import scales, to_device

@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from mvp_fast.config.load import config_to_dict
 from mvp_fast.config.segment import window_stride
 from mvp_fast.errors import DataError, Preempted
+from mvp_fast.evaluate.progress import progress
 from mvp_fast.evaluate.results import read_results, write_results
 from mvp_fast.evaluate.segment.judge import Sample
 from mvp_fast.evaluate.segment.pictures import Painter
@@ -61,13 +63,16 @@ def finish(run: SegmentRun, stopped: Callable[[], bool]) -> dict[str, Any]:
         gone_on = f", {done:,} of them counted before" if done else ""
         print(f"judging   {len(share):,} images{gone_on}", flush=True)
 
-    def seen(sample: Sample, predicted_HW: Tensor) -> None:
-        nonlocal done
-        painter.paint(sample, predicted_HW)
-        done += 1
-        kept.keep(confusion, done)
+    with progress("judging", len(share), done, console=Console(stderr=True, quiet=not run.ranks.is_main)) as tell:
 
-    whole = run.judge()(run.trained, share[done:], confusion, stopped, seen)
+        def seen(sample: Sample, predicted_HW: Tensor) -> None:
+            nonlocal done
+            painter.paint(sample, predicted_HW)
+            done += 1
+            kept.keep(confusion, done)
+            tell(done)
+
+        whole = run.judge()(run.trained, share[done:], confusion, stopped, seen)
     kept.keep(confusion, done, now=True)
     if run.ranks.agree(int(not whole)):
         raise Preempted(

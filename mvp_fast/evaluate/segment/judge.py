@@ -8,7 +8,6 @@ Shape legend: H and W pixels, C classes.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,8 +30,6 @@ from mvp_fast.evaluate.segment.slide import predict, slide_scores
 from mvp_fast.loaders import encoded
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "area": Image.Resampling.BOX}
-TOLD_EVERY = 15.0
-"""Seconds between lines that say how far an evaluation is."""
 
 
 class Sample(NamedTuple):
@@ -60,14 +57,12 @@ class Judge:
         settings: size of the windows, stride, shorter_side, filter, precision.
         device: of the segmenter.
         threads: that decode.
-        say: tells people how far it is; None tells nobody.
     """
 
     labelled: LabelledSet
     settings: SegmentSettings
     device: torch.device
     threads: int
-    say: Callable[[str], None] | None = None
 
     def __call__(
         self,
@@ -89,21 +84,16 @@ class Judge:
         Raises:
             DataError: an image or a mask can't be used.
         """
-        training, begin, told = model.training, time.monotonic(), time.monotonic()
+        training = model.training
         model.eval()
         try:
             with ThreadPoolExecutor(self.threads, thread_name_prefix="mvp-judge") as pool:
-                for done, sample in enumerate(self._ahead(pool, samples)):
+                for sample in self._ahead(pool, samples):
                     if stopped():
                         return False
                     predicted_HW = self.predict(model, sample)
                     confusion.add(predicted_HW, torch.from_numpy(sample.truth_HW).to(self.device))
                     seen(sample, predicted_HW)
-                    now = time.monotonic()
-                    if self.say is not None and now - told > TOLD_EVERY:
-                        told = now
-                        left = (now - begin) / (done + 1) * (len(samples) - done - 1)
-                        self.say(f"evaluating {done + 1:,} of {len(samples):,} images  ETA {left / 60:.1f} min")
             return True
         finally:
             model.train(training)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base import SegmentationHead
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from mvp_fast.errors import ConfigError
 from mvp_fast.evaluate.backbone import Backbone
+from mvp_fast.evaluate.drop_path import PlannedDepth
 
 SHARES = (1 / 3, 1 / 2, 2 / 3, 1)
 """Of the depth: after these parts of the blocks their output is taken (BEiT: 4 6 8 12 of 12, 8 12 16 24 of 24)."""
@@ -44,20 +44,6 @@ class Noise(NamedTuple):
     auxiliary_BD: Tensor | None = None
 
 
-class GivenDropPath(nn.Module):
-    """Stochastic depth whose choice is made outside: in place of timm's, which draws from the device's generator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale_B: Tensor | None = None
-
-    def forward(self, branch_BND: Tensor) -> Tensor:
-        """The branch times its images' factors."""
-        if self.scale_B is None:
-            return branch_BND
-        return branch_BND * self.scale_B.to(branch_BND.dtype)[:, None, None]
-
-
 class Segmenter(nn.Module):
     """A backbone with pyramid, decoder and heads.
 
@@ -73,7 +59,7 @@ class Segmenter(nn.Module):
     Attributes:
         blocks: the four numbers.
         channels: of the decoder.
-        rates: of stochastic depth, one for each block that is left.
+        depth: stochastic depth of the blocks of the whole backbone.
     """
 
     def __init__(
@@ -97,9 +83,9 @@ class Segmenter(nn.Module):
                 fix=f"Take numbers from 0 to {depth - 1}, or none for {default_blocks(depth)}",
             )
         self.channels = channels or width
-        self.rates = np.linspace(0, drop_path, depth)[: max(self.blocks) + 1].tolist()
-        self.backbone = backbone
-        _strip(backbone, self.blocks, drop_path)
+        self.backbone, self.depth = backbone, PlannedDepth(backbone.model, drop_path, "segment.drop-path")
+        # Gone is what is not used: DistributedDataParallel would wait for its gradients.
+        backbone.model.prune_intermediate_layers(sorted(set(self.blocks)), prune_norm=True, prune_head=True)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.pyramid = make_pyramid(width, backbone.patch_size)
@@ -129,13 +115,14 @@ class Segmenter(nn.Module):
 
         Args:
             images_BHWC: colours from 0 to 255, any type.
-            noise: of a training step; None drops nothing.
+            noise: of a training step; evaluation mode drops nothing.
 
         Returns:
             (B, C, h, w), and those of the auxiliary head in training mode, where there is one.
         """
         noise = noise or Noise()
-        self._drop_branches(noise.branch_LSB)
+        if noise.branch_LSB is not None:
+            self.depth.set(noise.branch_LSB)
         maps = self.features(self.backbone.pixels(images_BHWC))
         levels = [level(each) for level, each in zip(self.pyramid, maps, strict=True)]
         scores_BChw = self.head(_drop(self.decoder([None, None, *levels]), noise.decoder_BD))
@@ -164,13 +151,6 @@ class Segmenter(nn.Module):
             return set()
         return {PREFIX + name for name in self.backbone.model.no_weight_decay()}
 
-    def _drop_branches(self, scale_LSB: Tensor | None) -> None:
-        if not any(self.rates):
-            return
-        for number, block in enumerate(self.backbone.model.blocks):
-            for branch, place in enumerate((block.drop_path1, block.drop_path2)):
-                place.scale_B = None if scale_LSB is None else scale_LSB[number, branch]
-
 
 def default_blocks(depth: int) -> tuple[int, ...]:
     """The four blocks whose output is taken: 3 5 7 11 of 12, 7 11 15 23 of 24."""
@@ -195,18 +175,3 @@ def upsample(scores_BChw: Tensor, size: Sequence[int]) -> Tensor:
 
 def _drop(map_BDhw: Tensor, scale_BD: Tensor | None) -> Tensor:
     return map_BDhw if scale_BD is None else map_BDhw * scale_BD.to(map_BDhw.dtype)[:, :, None, None]
-
-
-def _strip(backbone: Backbone, blocks: Sequence[int], drop_path: float) -> None:
-    """Remove what is not used, which DistributedDataParallel would wait for, and take over stochastic depth."""
-    model = backbone.model
-    model.prune_intermediate_layers(sorted(set(blocks)), prune_norm=True, prune_head=True)
-    for block in model.blocks:
-        if hasattr(block, "drop_path1") and hasattr(block, "drop_path2"):
-            block.drop_path1, block.drop_path2 = GivenDropPath(), GivenDropPath()
-        elif drop_path:
-            raise ConfigError(
-                f"The blocks of {backbone.words} have no stochastic depth that can be set",
-                where=f"segment.drop-path {drop_path}",
-                fix="Set it to 0",
-            )

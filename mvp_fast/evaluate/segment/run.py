@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from mvp_fast.config.segment import SegmentSettings, window_stride
 from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.evaluate.backbone import BackboneSource
+from mvp_fast.evaluate.progress import progress
 from mvp_fast.evaluate.segment.folders import open_sets
 from mvp_fast.evaluate.segment.judge import Judge
 from mvp_fast.evaluate.segment.loader import MaskLoader
@@ -107,10 +110,9 @@ class SegmentRun(Run):
         every = self.config.segment.evaluate_every
         return bool(every) and self.steps_done % every == 0 and self.steps_done < self.total_steps
 
-    def judge(self, say: Callable[[str], None] | None = print) -> Judge:
-        """What judges this run's model; rank 0 says how far it is."""
-        speaks = say if self.ranks.is_main else None
-        return Judge(self.judged, self.config, self.ranks.device, self.threads, speaks)
+    def judge(self) -> Judge:
+        """What judges this run's model."""
+        return Judge(self.judged, self.config, self.ranks.device, self.threads)
 
     def share(self) -> range:
         """The rows of the judged set that this rank judges."""
@@ -120,7 +122,11 @@ class SegmentRun(Run):
         """miou, pixel_accuracy and mean_accuracy on the judged set. Every rank must call this."""
         self.agree_on_statistics()
         confusion = Confusion(len(self.judged.legend), self.ranks.device)
-        done = self.judge()(self.trained, self.share(), confusion, stopped)
+        # Plain lines also on a terminal, where the bar of the training stands.
+        console = Console(stderr=True, force_terminal=False, quiet=not self.ranks.is_main)
+        with progress("evaluating", len(self.share()), console=console) as tell:
+            counter = itertools.count(1)
+            done = self.judge()(self.trained, self.share(), confusion, stopped, lambda *seen: tell(next(counter)))
         if self.ranks.agree(int(not done)):
             return {}
         confusion.counts_CC = self.ranks.sum(confusion.counts_CC)

@@ -6,15 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
-import torch
-
 from mvp_fast.errors import ConfigError
 from mvp_fast.evaluate.backbone import Backbone, BackboneSource, load_backbone
-from mvp_fast.export.timm_format import timm_model
-from mvp_fast.export.write import CONFIG
-from mvp_fast.models.student import Student
-from mvp_fast.train.checkpoint import load_student
+from mvp_fast.evaluate.network import describe_folder
 
 
 class Origin(NamedTuple):
@@ -77,20 +71,9 @@ def resized(backbone: Backbone, image_size: int) -> Backbone:
 
 def _fresh(source: BackboneSource) -> Backbone:
     """A network of the same shape with fresh weights."""
-    path, words = Path(source.name).expanduser(), f"with fresh weights (seed {source.seed})"
-    if (path / "checkpoints").is_dir():
-        student, config, _ = load_student(path, source.checkpoint)
-        student = Student(
-            config.student,
-            target_width=student.predictor.out_features,
-            image_size=config.data.image_size,
-            seed=source.seed,
-        )
-        return Backbone(timm_model(student).eval(), f"{config.student.name} of the shape of {path}'s, {words}")
-    if (path / CONFIG).is_file():
-        shape = load_backbone(source)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(source.seed)
-            model = timm.create_model(f"local-dir:{path}", pretrained=False, num_classes=0)
-        return Backbone(model.eval(), f"the shape of {shape.words}, {words}")
-    return load_backbone(replace(source, untrained=True))
+    path = Path(source.name).expanduser()
+    if not path.is_dir():
+        return load_backbone(replace(source, untrained=True))
+    network = describe_folder(path, source.checkpoint)
+    words = f"{network.architecture} of the shape of {path}'s, with fresh weights (seed {source.seed})"
+    return Backbone(network.build(source.seed).eval(), words)

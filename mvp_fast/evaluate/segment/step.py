@@ -51,7 +51,7 @@ class SegmentStep(UpdateStep):
         """Draw what the whole batch drops, and its colours."""
         channels = (self.model.channels, AUXILIARY_CHANNELS)
         with self.stage("copy"):
-            rates, dropout = self.model.rates, self.segment.dropout
+            rates, dropout = self.model.depth.rates, self.segment.dropout
             self.noise = draw_noise(batch.rows, rates, channels, dropout, self.seed, self.device)
             self.colours_B4 = draw_colours(batch.rows, self.seed) if self.segment.photometric else None
 

@@ -41,6 +41,7 @@ class PlannedDepth:
     Args:
         model: timm's; changed in place.
         rate: of the last block, linear from 0 at the first.
+        setting: what the rate is called, for messages.
 
     Attributes:
         rates: of the blocks; empty where the rate is 0 and nothing was changed.
@@ -49,7 +50,7 @@ class PlannedDepth:
         ConfigError: its blocks have no such branches.
     """
 
-    def __init__(self, model: Any, rate: float) -> None:
+    def __init__(self, model: Any, rate: float, setting: str) -> None:
         self.rates: list[float] = []
         self._drops: list[tuple[PlannedDropPath, PlannedDropPath]] = []
         if not rate:
@@ -59,8 +60,8 @@ class PlannedDepth:
             if not all(hasattr(block, name) for name in BRANCHES):
                 raise ConfigError(
                     "The network's blocks have no stochastic depth",
-                    where=f"finetune.drop-path {rate}",
-                    fix="Set finetune.drop-path to 0, or take another model",
+                    where=f"{setting} {rate}",
+                    fix=f"Set {setting} to 0, or take another model",
                 )
             pair = PlannedDropPath(), PlannedDropPath()
             self._drops.append(pair)
