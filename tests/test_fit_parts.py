@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mvp_fast.config.fit import ClipConfig, FitDataConfig, FitOptimConfig, FitTrainConfig, TeacherFitConfig, check_fit
+from mvp_fast.config.load import load_settings
 from mvp_fast.config.schema import MaskConfig
 from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.loaders.base import Batch
@@ -30,6 +31,7 @@ from mvp_fast.train.fit.measure import prompt_features, recall, zero_shot
 from mvp_fast.train.fit.scene_truth import TEMPLATES, Truth, check_held_out, read_truth
 from mvp_fast.train.fit.step import GREATEST_SCALE, FitStep
 from mvp_fast.train.optim import build_optimizer
+from tests.conftest import REPO
 
 SMALL = ClipConfig(
     *("ViT-S-16", 16),
@@ -343,6 +345,14 @@ def test_sizes_in_place_of_the_named_models() -> None:
 def test_models_that_are_none(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         clip_settings(replace(SMALL, **change), 32)
+
+
+def test_the_shipped_config_is_valid() -> None:
+    config = load_settings(TeacherFitConfig, REPO / "configs" / "mini" / "clip.yaml")
+    check_fit(config)
+    settings = clip_settings(config.model, config.data.image_size)
+    assert new_clip(settings, 0).visual.grid_size == (6, 6)
+    assert config.data.flip == 0.0  # where a file has a part of a section, the rest is this task's defaults
 
 
 @pytest.mark.parametrize(

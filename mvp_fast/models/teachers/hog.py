@@ -60,7 +60,7 @@ class HogTeacher(Teacher):
         )
 
     def normalization(self) -> dispatch.Normalization:
-        """(value - 128) / 256, which float32 holds exactly; whatever autocast says."""
+        """(value - 128) / 256, float32 whatever autocast says: histograms see neither offset nor scale."""
         return dispatch.Normalization((EXACT_MEAN,) * COLOURS, (EXACT_STD,) * COLOURS, torch.float32)
 
     @torch.no_grad()
@@ -74,10 +74,9 @@ class HogTeacher(Teacher):
             return self._histograms(*taken_BMP.chunk(2, dim=-1))
 
     def _image(self, patches_BNP: Tensor) -> Tensor:
-        """The image that was cut, free of what the normalisation rounded: equal pixels have no gradient."""
+        """The image that was cut."""
         size = self.patch_size
-        exact_BNP = (patches_BNP * 256).round() / 256
-        x_BYXCSS = exact_BNP.unflatten(2, (COLOURS, size, size)).unflatten(1, self.grid)
+        x_BYXCSS = patches_BNP.unflatten(2, (COLOURS, size, size)).unflatten(1, self.grid)
         image_BCHW: Tensor = x_BYXCSS.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         return image_BCHW
 
