@@ -8,16 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from mvp_fast.cli.teacher.fit import main
 from mvp_fast.config.schema import TeacherConfig
-from mvp_fast.errors import ConfigError, DataError
+from mvp_fast.errors import ConfigError, DataError, UserError
 from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.models.teachers.clip_settings import clip_words, model_settings
 from mvp_fast.samples.index import Index
@@ -215,17 +216,25 @@ def test_what_cannot_go_on(
     assert tensors_of(run, 6).keys() == tensors_of(whole, 6).keys()
 
 
-def test_bad_input(fit: Fit, scenes: Path, whole: Path, launcher: Launcher, tmp_path: Path) -> None:
+def test_bad_input(
+    fit: Fit, scenes: Path, whole: Path, launcher: Launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    assert "Set model.context-length to" in fit(run, 2, model__context_length=12).err
-    assert "are in the training set" in fit(run, 2, fit__held_out=scenes).err
-    assert "no such table of captions" in fit(run, 3, fit__captions=tmp_path / "x.tsv").err
+
+    def refused(kind: type[UserError], message: str, **overrides: Any) -> None:
+        with pytest.raises(kind, match=message):
+            main(list(map(str, words_of({"data.index": scenes, "run.dir": run, **overrides})[2:])))
+
+    refused(ConfigError, r"Set model\.context-length to", model__context_length=12)
+    refused(ConfigError, "are in the training set", fit__held_out=scenes)
+    refused(DataError, "no such table of captions", fit__captions=tmp_path / "x.tsv")
+    refused(ConfigError, r"train\.sharding", train__sharding="full")
     alone = Path(shutil.copytree(scenes, tmp_path / "alone"))
     (alone / "scenes.parquet").unlink()
     assert "Give a table with --fit.captions FILE" in fit(run, 3, data__index=alone).err
-    assert "train.sharding" in fit(run, 2, train__sharding="full").err
+    assert not run.exists()
     settings = {**TINY, "data.index": scenes, "run.dir": whole, "resume": "auto"}
     assert "teacher fit, not pretrain" in launcher.run("train", *arguments(settings), code=2).err
-    shown = launcher.run(*words_of({"data.index": scenes}), "--print-config").out
-    assert "context_length: 48" in shown
-    assert np.isclose(float(shown.partition("flip: ")[2].split()[0]), 0.0)
+    assert main(["--print-config", *map(str, words_of({"data.index": scenes})[2:])]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["model"]["context_length"], shown["data"]["flip"]) == (48, 0.0)
