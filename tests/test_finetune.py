@@ -302,6 +302,7 @@ def test_refusals(start: Start, scenes: Path, held_set: Path, tmp_path: Path) ->
         (2, "takes images of 64 px, but data.image-size is 96", {"data__image_size": 96}),
         (2, "can't be split into pairs to be mixed", {"train__batch_size": 6}),
         (2, "Only pre-training can spread", {"train__sharding": "full"}),
+        (2, "Only pre-training can take its step as one CUDA graph", {"train__step_graph": True}),
         (2, "timm knows no RandAugment", {"augmentation__rand_augment": "rnd"}),
     ]
     runs = [(case, start(tmp_path / f"run{number}", **case[2])) for number, case in enumerate(cases)]

@@ -362,6 +362,7 @@ def test_the_shipped_config_is_valid() -> None:
         ("model", {"context_length": 2}, "model.context-length is 2"),
         ("fit", {"evaluate_every": -1}, "fit.evaluate-every"),
         ("train", {"sharding": "full"}, "train.sharding"),
+        ("train", {"step_graph": True}, "train.step-graph"),
         ("data", {"loader": "synthetic"}, "no captions"),
         ("train", {"batch_size": 1}, "2 or more"),
     ],

@@ -98,6 +98,27 @@ def check_run(config: RunSettings) -> None:
     check_interpolation(data.loader, data.interpolation)
 
 
+def check_other_task(config: RunSettings) -> None:
+    """`check_run` of a task other than pre-training, and that nothing is asked for which only pre-training has.
+
+    Raises:
+        ConfigError: naming the field, its value and what it must be.
+    """
+    check_run(config)
+    if config.train.sharding != "none":
+        raise ConfigError(
+            "Only pre-training can spread a network over the ranks",
+            where=f"train.sharding {config.train.sharding}",
+            fix="Leave train.sharding at none; train.recompute and train.accumulate save memory",
+        )
+    if config.train.step_graph:
+        raise ConfigError(
+            "Only pre-training can take its step as one CUDA graph",
+            where="train.step-graph True",
+            fix="Leave train.step-graph at False",
+        )
+
+
 def check_interpolation(loader: str, interpolation: str) -> None:
     """ConfigError where a loader does not have the resize filter: it is never replaced by another in silence."""
     if loader == "ffcv" and interpolation != "area":

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mvp_fast.config.check import check_run
+from mvp_fast.config.check import check_other_task
 from mvp_fast.config.schema import DataConfig, KernelsConfig, OptimConfig, RunConfig, TrainConfig
 from mvp_fast.errors import ConfigError
 
@@ -114,7 +114,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and what it must be.
     """
-    check_run(config)
+    check_other_task(config)
     augmentation = config.augmentation
     how = "augmentation."
     for name, least, greatest in (
@@ -148,12 +148,6 @@ def check_finetune(config: FinetuneConfig) -> None:
         raise ConfigError(
             "RandAugment works on images on the CPU, but data.decode is gpu",
             fix="Set data.decode to auto, or augmentation.rand-augment to '' for none",
-        )
-    if config.train.sharding != "none":
-        raise ConfigError(
-            "Only pre-training can spread a network over the ranks",
-            where=f"train.sharding {config.train.sharding}",
-            fix="Leave train.sharding at none; train.recompute and train.accumulate save memory",
         )
     _check_given(config)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mvp_fast.config.check import check_run
+from mvp_fast.config.check import check_other_task
 from mvp_fast.config.schema import DataConfig, KernelsConfig, OptimConfig, RunConfig, TrainConfig
 from mvp_fast.errors import ConfigError
 
@@ -137,7 +137,7 @@ def check_fit(config: TeacherFitConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and what it must be.
     """
-    check_run(config)
+    check_other_task(config)
     model = config.model
     for name in (
         *("embed_dim", "width", "layers", "heads", "patch_size"),
@@ -149,10 +149,6 @@ def check_fit(config: TeacherFitConfig) -> None:
             raise ConfigError(f"model.{name.replace('_', '-')} is {value}, but must be {least} or more")
     if config.fit.evaluate_every < 0:
         raise ConfigError(f"fit.evaluate-every is {config.fit.evaluate_every}, but must be 0 or more")
-    if config.train.sharding != "none":
-        raise ConfigError(
-            "A CLIP is not sharded over the ranks: train.sharding is full", fix="Set train.sharding to none"
-        )
     if config.data.loader == "synthetic":
         raise ConfigError(
             "The loader `synthetic` has no captions: data.loader is synthetic", fix="Take another, such as auto"

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mvp_fast.config.check import check_run, require
+from mvp_fast.config.check import check_other_task, require
 from mvp_fast.config.schema import DataConfig, KernelsConfig, OptimConfig, RunConfig, TrainConfig
 from mvp_fast.errors import ConfigError
 
@@ -115,7 +115,7 @@ def check_segment(settings: SegmentSettings) -> None:
     Raises:
         ConfigError: naming the field, its value and what it must be.
     """
-    check_run(settings)
+    check_other_task(settings)
     segment, data, train = settings.segment, settings.data, settings.train
     if not segment.model:
         raise ConfigError(
@@ -152,9 +152,5 @@ def check_segment(settings: SegmentSettings) -> None:
     require(min(segment.blocks, default=0) >= 0, "segment.blocks", segment.blocks, "0 or more")
     wrong = [value for value in segment.ignore if not 0 <= value < 1 << 16]
     require(not wrong, "segment.ignore", segment.ignore, "values from 0 to 65535")
-    if train.sharding != "none":
-        raise ConfigError("train.sharding full is for pre-training alone", fix="Set train.sharding to none")
-    if train.step_graph:
-        raise ConfigError("train.step-graph is for pre-training alone", fix="Set train.step-graph to False")
     if train.compile == "blocks":
         raise ConfigError("train.compile blocks is for pre-training alone", fix="Set train.compile to auto or off")

@@ -14,7 +14,8 @@ import timm
 import torch
 
 from mvp_fast import __version__
-from mvp_fast.errors import DataError, EnvironmentProblem
+from mvp_fast.errors import DataError
+from mvp_fast.samples.files import replacing
 
 SCHEMA = 1
 
@@ -38,17 +39,8 @@ def write_results(path: Path, verb: str, content: Mapping[str, Any]) -> None:
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
         "versions": {"mvp_fast": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**about, **content}, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"The results can't be written: {error.strerror or error}",
-            where=str(path),
-            fix="Mend the folder's rights or the disk's space, or give another --out",
-        ) from error
+    with replacing(path) as file:
+        file.write((json.dumps({**about, **content}, indent=1) + "\n").encode())
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mvp_fast.models.teachers.build import build_teacher
 from mvp_fast.models.teachers.fp8 import quantise_linears
 from mvp_fast.models.teachers.tower import TowerTeacher
 from mvp_fast.objective.guided import Objective
+from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.train import step_graph
 from mvp_fast.train.checkpoint import read_state
@@ -65,7 +66,7 @@ class PretrainRun(Run):
 
     def whole_plan(self) -> SamplePlan:
         """The plan of the whole global batch, whichever rank this is."""
-        return _plan(self.config, self.plan, 0, 1)
+        return _plan(self.config, self.plan.index, self.plan.patch_size, 0, 1)
 
     def header(self, kernels: str) -> list[str]:
         """What runs, in a few lines."""
@@ -99,16 +100,7 @@ def build_run(config: Config, ranks: Ranks, checkpoint: Path | None) -> Pretrain
         check_optimizer(config.optim.name)
     state = read_state(checkpoint) if checkpoint else None  # cheap, and may end the attempt before models are built
     index = open_index(config)
-    plan = SamplePlan(
-        index,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        data=config.data,
-        mask=config.mask,
-        patch_size=patch_size_of(config.student.name),
-        rank=ranks.rank,
-        world=ranks.world,
-    )
+    plan = _plan(config, index, patch_size_of(config.student.name), ranks.rank, ranks.world)
     check_micro_batches(config, plan)
     changed: list[str] = []
     if state is not None and checkpoint is not None:
@@ -175,15 +167,15 @@ def set_up_models(student: Student, teacher: Teacher, config: Config, device: to
         teacher.lower(dtype)
 
 
-def _plan(config: Config, plan: SamplePlan, rank: int, world: int) -> SamplePlan:
-    """`plan` for another rank of another number."""
+def _plan(config: Config, index: Index, patch_size: int, rank: int, world: int) -> SamplePlan:
+    """The plan of one rank of so many."""
     return SamplePlan(
-        plan.index,
+        index,
         seed=config.seed,
         batch_size=config.train.batch_size,
         data=config.data,
         mask=config.mask,
-        patch_size=plan.patch_size,
+        patch_size=patch_size,
         rank=rank,
         world=world,
     )

@@ -6,7 +6,6 @@ Shape legend: H and W pixels, Y and X patches down and across, C colours.
 from __future__ import annotations
 
 import colorsys
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from mvp_fast.errors import EnvironmentProblem
+from mvp_fast.samples.files import replacing
 
 Picture = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -179,17 +178,8 @@ def save(picture: Image.Image, path: Path) -> None:
     Raises:
         EnvironmentProblem: it can't be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"The picture can't be written: {error.strerror or error}",
-            where=str(path),
-            fix="Mend the folder's rights or the disk's space, or give another --out",
-        ) from error
+    with replacing(path) as file:
+        picture.save(file, format="PNG")
 
 
 def _font(size: int) -> Any:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mvp_fast.config.fit import ClipConfig
-from mvp_fast.errors import ConfigError, EnvironmentProblem
+from mvp_fast.errors import ConfigError
 from mvp_fast.models.teachers.clip import check_tower
 from mvp_fast.models.teachers.clip_settings import SETTINGS, WEIGHTS, model_settings
+from mvp_fast.samples.files import replacing
 
 HEAD_WIDTH = 64
 """Channels of an attention head where nobody says otherwise, as open_clip has it."""
@@ -89,33 +88,16 @@ def write_clip(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, 
     Raises:
         EnvironmentProblem: the folder can't be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     about = {
         "model_cfg": settings,
         "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"},
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _placed(folder / SETTINGS) as path:
-            path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        with _placed(folder / WEIGHTS) as path:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except (OSError, SafetensorError) as error:
-        raise EnvironmentProblem(
-            f"The model can't be written: {getattr(error, 'strerror', None) or error}",
-            where=str(folder),
-            fix="Free some space or mend the folder's rights and give the same command with --resume auto",
-        ) from error
-
-
-@contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """A file to write beside its place; renamed into it when it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+    with replacing(folder / SETTINGS, "--run.dir") as file:
+        file.write((json.dumps(about, indent=1) + "\n").encode())
+    with replacing(folder / WEIGHTS, "--run.dir") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
 def _channels(name: str, width: int, heads: int) -> int:
