@@ -20,7 +20,7 @@ from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.evaluate.backbone import Backbone
 from mvp_fast.evaluate.feature_cache import FeatureCache, Features
 from mvp_fast.evaluate.features import Extraction, find_features, layer_names, make_features, own_pooling, poolings
-from mvp_fast.evaluate.passage import passage
+from mvp_fast.loaders.passage import passage
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index

@@ -13,9 +13,9 @@ from PIL import Image
 from mvp_fast.config.schema import DataConfig, StudentConfig
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.evaluate.backbone import Backbone, BackboneSource, load_backbone
-from mvp_fast.evaluate.passage import passage
 from mvp_fast.evaluate.results import read_results, write_results
 from mvp_fast.export.timm_format import timm_model, write_timm
+from mvp_fast.loaders.passage import passage
 from mvp_fast.models.student import Student
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.samples.index import Index

@@ -24,9 +24,9 @@ from mvp_fast.evaluate.finetune import augment_worker
 from mvp_fast.evaluate.finetune.augment import RandAugmentLoader
 from mvp_fast.evaluate.finetune.mixing import Erasing, Mixing, pair_order
 from mvp_fast.evaluate.finetune.score import Counts, Score, Stopped, count
-from mvp_fast.evaluate.finetune.step import Normaliser
 from mvp_fast.evaluate.network import give_head
 from mvp_fast.loaders.registry import make_loader
+from mvp_fast.models.normaliser import Normaliser
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
@@ -251,7 +251,7 @@ def test_a_test_equals_a_plain_loop(scenes: Path, share: float) -> None:
     classes = len(index.classes)
     models = {"test": small_beit(classes=classes), "ema": small_beit(2, classes)}
     models["test"].train()
-    normalise = Normaliser(MEAN, STD, CPU)
+    normalise = Normaliser(MEAN, STD)
     data = DataConfig(loader="torchvision", image_size=64, threads=1)
     label_N = index.label.astype(np.int64)
     ranks = Ranks(0, 1, 1, CPU)
@@ -291,7 +291,7 @@ def test_a_test_can_be_broken_off(scenes: Path) -> None:
     data = DataConfig(loader="torchvision", image_size=64, threads=1)
     plan = CentrePlan(index, batch_size=16, image_size=64)
     answers = iter([False, False, True])
-    normalise = Normaliser(MEAN, STD, CPU)
+    normalise = Normaliser(MEAN, STD)
     with pytest.raises(Stopped):
         count({"": model}, normalise, plan, data, index.label.astype(np.int64), 10, CPU, stopped=lambda: next(answers))
     assert model.training

@@ -20,7 +20,8 @@ from mvp_fast.config.load import load_settings
 from mvp_fast.config.schema import MaskConfig
 from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.loaders.base import Batch
-from mvp_fast.models.teachers.new_clip import clip_settings, new_clip, pixels
+from mvp_fast.models.normaliser import Normaliser
+from mvp_fast.models.teachers.new_clip import MEAN, STD, clip_settings, new_clip
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.plan import SamplePlan
 from mvp_fast.samples.random import Stream, draws
@@ -201,7 +202,7 @@ class Widened(nn.Module):
 
 def plain_loss(clip: Any, batch: Batch, captions: Captions) -> Tensor:
     """Radford et al.'s loss by its formula, image by image and text by text."""
-    image_BD = clip.visual(pixels(batch.images_BHWC).double())
+    image_BD = clip.visual(Normaliser(MEAN, STD)(batch.images_BHWC).double())
     text_BD = clip.encode_text(torch.from_numpy(captions.tokens_KL[batch.rows.sample_B]).long())
     image_BD, text_BD = (x / x.square().sum(1, keepdim=True).sqrt() for x in (image_BD, text_BD))
     size, total = len(image_BD), torch.zeros((), dtype=torch.float64)

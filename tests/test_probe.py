@@ -24,10 +24,10 @@ from mvp_fast.cli.main import main
 from mvp_fast.config.schema import DataConfig
 from mvp_fast.evaluate.backbone import Backbone
 from mvp_fast.evaluate.duplicates import duplicates
-from mvp_fast.evaluate.passage import passage
 from mvp_fast.evaluate.progress import progress
 from mvp_fast.evaluate.results import read_results
 from mvp_fast.evaluate.scores import scored, wilson
+from mvp_fast.loaders.passage import passage
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.index_build import build_index

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
 from mvp_fast.evaluate.network import Network, is_export
 from mvp_fast.export.timm_format import timm_fingerprint, timm_model
+from mvp_fast.models.normaliser import Normaliser
 from mvp_fast.train.checkpoint import find_checkpoint, load_student, load_weights, read_state
 
 
@@ -70,10 +71,8 @@ class Backbone(nn.Module):
         grid: patches down and across.
         width: channels of a token.
         depth: blocks.
+        pixels: crops on the backbone's device to what `model` takes: float32 (B, C, H, W), normalised.
     """
-
-    mean_C: Tensor
-    std_C: Tensor
 
     def __init__(self, model: Any, words: str, step: int | None = None) -> None:
         super().__init__()
@@ -87,12 +86,7 @@ class Backbone(nn.Module):
         self.width: int = model.embed_dim
         self.depth: int = len(model.blocks)
         self.fingerprint = timm_fingerprint(model)
-        self.register_buffer("mean_C", 255 * torch.tensor(self.mean), persistent=False)
-        self.register_buffer("std_C", 255 * torch.tensor(self.std), persistent=False)
-
-    def pixels(self, images_BHWC: Tensor) -> Tensor:
-        """uint8 crops on the backbone's device to what `model` takes: float32 (B, C, H, W), normalised."""
-        return ((images_BHWC - self.mean_C) / self.std_C).permute(0, 3, 1, 2)
+        self.pixels = Normaliser(self.mean, self.std)
 
     def tokens(self, images_BHWC: Tensor) -> list[BlockTokens]:
         """The tokens that each block yields, before any final norm; first block first."""

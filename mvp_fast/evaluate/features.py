@@ -23,8 +23,8 @@ from mvp_fast.config.schema import DataConfig
 from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.evaluate.backbone import Backbone, BlockTokens
 from mvp_fast.evaluate.feature_cache import FeatureCache, Features
-from mvp_fast.evaluate.passage import passage
 from mvp_fast.evaluate.progress import Tell
+from mvp_fast.loaders.passage import passage
 from mvp_fast.loaders.registry import resolve
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.samples.index import Index

@@ -72,11 +72,10 @@ class PretrainRun(Run):
         """What runs, in a few lines."""
         config, ranks = self.config, self.ranks
         weights = sum(p.numel() for p in self.student.parameters()) / 1e6
-        where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         how = f"{' compiled,' if self.student.compiled else ''}{' one CUDA graph,' if self.step.graph else ''}"
         return [
             f"student   {config.student.name}, {weights:.1f} M weights, {config.train.precision},"
-            f"{how} on {ranks.world} x {where}",
+            f"{how} on {ranks.world} x {ranks.device_name}",
             f"teacher   {self.teacher.words}, {self.teacher.width} channels, frozen, {_how_targets_are_made(self)}",
             f"data      {len(self.plan.index):,} images, {describe(config.data, ranks.device)},"
             f" {config.data.interpolation}, batch {config.train.batch_size}",

@@ -48,6 +48,11 @@ class Ranks:
         """Whether this rank writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """This rank's device, for people."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
     def agree(self, value: int) -> int:
         """The greatest `value` over all ranks; every rank gets the same answer."""
         if self.world == 1:

@@ -10,9 +10,10 @@ from mvp_fast.errors import ConfigError
 from mvp_fast.evaluate.backbone import Backbone, BackboneSource, load_backbone
 from mvp_fast.evaluate.drop_path import PlannedDepth
 from mvp_fast.evaluate.finetune.run import FinetuneRun, Origin, compiles, training_plan
-from mvp_fast.evaluate.finetune.step import FinetuneStep, Normaliser
+from mvp_fast.evaluate.finetune.step import FinetuneStep
 from mvp_fast.evaluate.labels import Labels, match_labels, stratified_rows
 from mvp_fast.evaluate.network import Network, describe_folder, give_head
+from mvp_fast.models.normaliser import Normaliser
 from mvp_fast.samples.index import Index
 from mvp_fast.train.checkpoint import read_state
 from mvp_fast.train.distributed import Ranks
@@ -93,7 +94,7 @@ def build_run(config: FinetuneConfig, ranks: Ranks, checkpoint: Path | None) -> 
         ranks.device,
         label_N=labels.train_N,
         classes=len(labels.classes),
-        normalise=Normaliser(network.mean, network.std, ranks.device),
+        normalise=Normaliser(network.mean, network.std).to(ranks.device),
         depth=depth,
     )
     run = FinetuneRun(

@@ -100,7 +100,6 @@ class FinetuneRun(Run):
         """What runs, in a few lines; the kernels have no part in it."""
         config, ranks, how = self.config, self.ranks, self.config.augmentation
         weights = sum(p.numel() for p in self.model.parameters()) / 1e6
-        where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         images, share = len(self.plan.index), config.finetune.label_fraction
         part = "" if share == 1 else f" ({100 * share:g} % of {self.available:,})"
         mixing = [f"{name} {value:g}" for name, value in (("mixup", how.mixup), ("cutmix", how.cutmix)) if value]
@@ -108,7 +107,7 @@ class FinetuneRun(Run):
         changes = [*filter(None, [how.rand_augment]), *mixing, *erasing, f"label smoothing {how.label_smoothing:g}"]
         return [
             f"network   {self.origin.words}, {weights:.1f} M weights, {config.train.precision},"
-            f"{' compiled,' if compiles(config, ranks.device) else ''} on {ranks.world} x {where}",
+            f"{' compiled,' if compiles(config, ranks.device) else ''} on {ranks.world} x {ranks.device_name}",
             f"data      {images:,} images{part} of {len(self.labels.classes):,} classes,"
             f" {describe(self._training_data(), self._loading_device())}, batch {config.train.batch_size}",
             f"test      {len(self.test):,} images, centre crops of {config.finetune.crop_share:g}",

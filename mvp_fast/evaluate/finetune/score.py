@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvp_fast.config.schema import DataConfig
 from mvp_fast.errors import DataError
-from mvp_fast.evaluate.passage import passage
+from mvp_fast.loaders.passage import passage
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.train.distributed import Ranks
 

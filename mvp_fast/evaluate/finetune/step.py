@@ -15,24 +15,9 @@ from mvp_fast.config.finetune import FinetuneConfig
 from mvp_fast.evaluate.drop_path import PlannedDepth
 from mvp_fast.evaluate.finetune.mixing import Erasing, Mixing
 from mvp_fast.loaders.base import Batch
+from mvp_fast.models.normaliser import Normaliser
 from mvp_fast.train.drop_path import scales, to_device
 from mvp_fast.train.update import UpdateStep
-
-
-class Normaliser:
-    """uint8 crops to what a model takes.
-
-    Args:
-        mean, std: of values in [0, 1].
-        device: of the crops.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        self._mean_C, self._std_C = (255 * torch.tensor(values, device=device) for values in (mean, std))
-
-    def __call__(self, images_BHWC: Tensor) -> Tensor:
-        """float32 (B, C, H, W)."""
-        return ((images_BHWC - self._mean_C) / self._std_C).permute(0, 3, 1, 2).contiguous()
 
 
 class FinetuneStep(UpdateStep):

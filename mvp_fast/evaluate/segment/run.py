@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -65,13 +64,13 @@ class SegmentRun(Run):
         """What runs, in a few lines."""
         config, ranks, model = self.config, self.ranks, self.model
         weights = sum(p.numel() for p in model.parameters()) / 1e6
-        where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         blocks = " ".join(map(str, model.blocks))
         size, grid = config.data.image_size, model.backbone.grid
         return [
             f"backbone  {self.origin.words}",
             f"model     UPerNet on blocks {blocks}, {model.channels} channels, {weights:.1f} M weights,"
-            f" {size} px ({grid[0]} x {grid[1]} patches), {config.train.precision}, on {ranks.world} x {where}",
+            f" {size} px ({grid[0]} x {grid[1]} patches), {config.train.precision},"
+            f" on {ranks.world} x {ranks.device_name}",
             f"data      {len(self.training):,} images, {describe(config.data, ranks.device)},"
             f" {config.data.interpolation}, batch {config.train.batch_size}",
             f"judged    {len(self.judged):,} images, {len(self.judged.legend)} classes, windows of {size} px every"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvp_fast.config.schema import DataConfig
 from mvp_fast.errors import DataError
-from mvp_fast.evaluate.passage import passage
+from mvp_fast.loaders.passage import passage
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.samples.encoded_image import BrokenImageError, check_markers, open_image, to_rgb
 from mvp_fast.samples.index import Index

@@ -76,12 +76,6 @@ def new_clip(settings: Mapping[str, Any], seed: int) -> Any:
         )
 
 
-def pixels(images_BHWC: Tensor) -> Tensor:
-    """uint8 crops to what the image tower takes: float32 (B, C, H, W), with CLIP's colour statistics."""
-    mean_C, std_C = (torch.tensor(values, device=images_BHWC.device) * 255 for values in (MEAN, STD))
-    return ((images_BHWC - mean_C) / std_C).permute(0, 3, 1, 2)
-
-
 def write_clip(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a CLIP in open_clip's hub format: `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads it.
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvp_fast.config.fit import TeacherFitConfig
-from mvp_fast.loaders.prefetch import Prefetcher
-from mvp_fast.loaders.registry import make_loader
-from mvp_fast.models.teachers.new_clip import pixels
+from mvp_fast.loaders.passage import passage
+from mvp_fast.models.normaliser import Normaliser
+from mvp_fast.models.teachers.new_clip import MEAN, STD
 from mvp_fast.samples.centre import CentrePlan
 from mvp_fast.samples.index import Index
 from mvp_fast.samples.scenes.vocabulary import COLOURS, SHAPES
@@ -172,20 +172,17 @@ def _image_features(
         rank=ranks.rank,
         world=ranks.world,
     )
-    data = config.data
-    loader = make_loader(data.loader, data, local_ranks=ranks.local_world, device=ranks.device)
+    pixels, broken_off = Normaliser(MEAN, STD).to(ranks.device), False
     image_ND = torch.zeros(len(test.index), int(clip.visual.output_dim), device=ranks.device)
-    with closing(loader), Prefetcher(loader, plan, 0, ranks.device, data.prefetch) as prefetcher:
-        for batch in prefetcher:
-            if ranks.agree(int(stopped())):
-                return None
-            with _autocast(config, ranks):
-                feature_BD = clip.encode_image(pixels(batch.images_BHWC), normalize=True).float()
-            counted_B = plan.counted(batch.rows)
-            rows = torch.from_numpy(batch.rows.sample_B[counted_B]).to(ranks.device)
-            image_ND[rows] = feature_BD[torch.from_numpy(counted_B).to(ranks.device)]
-            if batch.step + 1 >= plan.steps:
+    with closing(passage(plan, config.data, ranks.device, local_ranks=ranks.local_world)) as crops:
+        for images_BHWC, sample_B in crops:
+            if broken_off := stopped():
                 break
+            with _autocast(config, ranks):
+                feature_BD = clip.encode_image(pixels(images_BHWC), normalize=True).float()
+            image_ND[torch.from_numpy(sample_B).to(ranks.device)] = feature_BD
+    if ranks.agree(int(broken_off)):
+        return None
     image_ND = ranks.sum(image_ND)
     return image_ND, image_ND.any(1)
 

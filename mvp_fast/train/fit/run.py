@@ -73,12 +73,11 @@ class FitRun(Run):
         """What runs, in a few lines."""
         config, ranks, vision, text = self.config, self.ranks, self.settings["vision_cfg"], self.settings["text_cfg"]
         weights = sum(p.numel() for p in self.model.parameters()) / 1e6
-        where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         count = len(self.plan.index)
         several = f" of {len(self.captions.texts):,}" if len(self.captions.texts) > count else ""
         lines = [
             f"clip      {config.model.name}, {weights:.1f} M weights, {self.settings['embed_dim']} channels,"
-            f" {config.train.precision}, on {ranks.world} x {where}",
+            f" {config.train.precision}, on {ranks.world} x {ranks.device_name}",
             f"images    {vision['layers']} blocks of width {vision['width']}, {vision['image_size']} px in patches of"
             f" {vision['patch_size']}",
             f"texts     {text['layers']} blocks of width {text['width']}, {text['context_length']} tokens",

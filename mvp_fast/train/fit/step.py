@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mvp_fast.config.fit import TeacherFitConfig
 from mvp_fast.loaders.base import Batch
-from mvp_fast.models.teachers.new_clip import pixels
+from mvp_fast.models.normaliser import Normaliser
+from mvp_fast.models.teachers.new_clip import MEAN, STD
 from mvp_fast.train.distributed import Ranks
 from mvp_fast.train.fit.captions import Captions
 from mvp_fast.train.update import StepResult, UpdateStep
@@ -51,6 +52,7 @@ class FitStep(UpdateStep):
         super().__init__(clip, forward, optimizer, config, ranks.device)
         self.clip, self.captions, self.seed = clip, captions, config.seed
         self.loss = open_clip.ClipLoss(gather_with_grad=True, rank=ranks.rank, world_size=ranks.world)
+        self.pixels = Normaliser(MEAN, STD).to(ranks.device)
         self._tokens_BL = torch.empty(0)
         self._fixed: tuple[Tensor, Tensor] | None = None
 
@@ -99,5 +101,5 @@ class FitStep(UpdateStep):
     def _features(self, model: Any, batch: Batch, these: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Features of length 1, in the weights' type (B, D), of images and texts, and the scale of their products."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            image_BD, text_BD, scale = model(pixels(batch.images_BHWC[these]), self._tokens_BL[these])
+            image_BD, text_BD, scale = model(self.pixels(batch.images_BHWC[these]), self._tokens_BL[these])
         return image_BD.to(scale.dtype), text_BD.to(scale.dtype), scale
