@@ -137,10 +137,10 @@ def test_it_compiles_whole_and_computes_the_same() -> None:
     torch.testing.assert_close(student(patches_BNP, mask_BN, index_BM, None, kept), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_compiling_makes_room_for_all_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    Student(replace(CONFIG, depth=24), target_width=4, image_size=SIDE).compile_blocks()
-    assert torch._dynamo.config.recompile_limit >= 48  # with gradients and without
+def test_compiling_makes_room_for_all_numbers() -> None:
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would delete the setting at the end
+        Student(replace(CONFIG, depth=24), target_width=4, image_size=SIDE).compile_blocks()
+        assert torch._dynamo.config.recompile_limit >= 48  # with gradients and without
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
