@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 FFCV := $(VENV)/.ffcv
 READY := $(STAMP) $(FFCV)
 
-.PHONY: train test lint bench install constraints clean
+.PHONY: train test lint bench study install constraints clean
 
 install: $(READY)
 
@@ -44,6 +44,10 @@ test: lint
 
 bench: $(READY)
 	$(BIN)/pytest benchmarks
+
+# What the students of different teachers are worth: on a GPU where there is one, else in a small form within an hour.
+study: $(READY)
+	$(BIN)/mvp-fast study --page docs/study.md
 
 # torch 2.11 is the oldest that is supported, and what the pins hold to. FFCV tells its dependencies only where it could
 # be compiled.

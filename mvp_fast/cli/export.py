@@ -26,6 +26,8 @@ class Options:
     hf: model.safetensors, config.json and preprocessor_config.json, for transformers' BeitModel and AutoImageProcessor.
     The mask token and the predictor are left out, the relative position table stays one for all blocks, and the final
     norm becomes the pooler's: pooler_output is normed, last_hidden_state is not.
+
+    A run of `mvp-fast finetune` is written with its head and the names of its classes, in timm's format alone.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -63,19 +65,33 @@ def main(argv: list[str]) -> int:
 
         check_target(options.push)
 
+    from mvp_fast.train.checkpoint import find_checkpoint, read_state
+
+    checkpoint = find_checkpoint(options.run, options.checkpoint)
+    task = read_state(checkpoint).get("task", "pretrain")
+    out = (options.out or options.run / "export" / options.format).resolve()
+    if task == "finetune":
+        return _export_classifier(options, checkpoint, out)
+    if task != "pretrain":
+        raise ConfigError(
+            f"What can be exported is a run of `mvp-fast train` or `finetune`; this run's task is {task}",
+            where=str(options.run),
+        )
+    return _export_student(options, checkpoint, out)
+
+
+def _export_student(options: Options, checkpoint: Path, out: Path) -> int:
     from mvp_fast.export.card import model_card
     from mvp_fast.export.hf_format import PREPROCESSOR, write_hf
     from mvp_fast.export.provenance import read_provenance
     from mvp_fast.export.timm_format import timm_fingerprint, timm_model, write_timm
     from mvp_fast.export.write import CARD, CONFIG, WEIGHTS
-    from mvp_fast.train.checkpoint import find_checkpoint, load_student, read_state
+    from mvp_fast.train.checkpoint import load_student, read_state
 
-    checkpoint = find_checkpoint(options.run, options.checkpoint)
     student, _, step = load_student(options.run, str(checkpoint), options.ema)
     fingerprint = timm_fingerprint(timm_model(student))
     facts = read_provenance(options.run, read_state(checkpoint), averaged=options.ema, fingerprint=fingerprint)
     card = model_card(student, facts, form=options.format, license=options.license, repo_id=options.push)
-    out = (options.out or options.run / "export" / options.format).resolve()
     write, names = {
         "timm": (write_timm, (WEIGHTS, CONFIG, CARD)),
         "hf": (write_hf, (WEIGHTS, CONFIG, PREPROCESSOR, CARD)),
@@ -83,18 +99,40 @@ def main(argv: list[str]) -> int:
     write(student, out, num_classes=options.num_classes, card=card)
     size = (out / WEIGHTS).stat().st_size / 1e6
     print(f"export   {out}: step {step}{', averaged weights' if options.ema else ''}, {size:.1f} MB")
-    if options.push:
-        from mvp_fast.export.hub import push
-
-        message = f"mvp-fast export: {student.config.name}, step {step:,}, {options.format} format"
-        address = push(out, names, options.push, private=options.private, message=message)
-        print(f"pushed   {address}: {', '.join(names)}")
+    _push(options, out, names, f"{student.config.name}, step {step:,}, {options.format} format")
     print("load it with\n")
     if options.format == "timm":
         _show_timm(student, out, out / WEIGHTS, options.num_classes)
     else:
         _show_hf(out, options.num_classes)
     return 0
+
+
+def _export_classifier(options: Options, checkpoint: Path, out: Path) -> int:
+    from mvp_fast.evaluate.finetune.export import write_classifier
+    from mvp_fast.export.write import CARD, CONFIG, WEIGHTS
+
+    if options.format != "timm" or options.num_classes:
+        asked = f"--format {options.format}" if options.format != "timm" else f"--num-classes {options.num_classes}"
+        raise ConfigError(
+            f"A fine-tuned run is exported with its own head and in timm's format, but {asked} was asked for",
+            where=str(options.run),
+            fix="Leave it out",
+        )
+    model = write_classifier(checkpoint, out, ema=options.ema, license=options.license, repo_id=options.push)
+    size = (out / WEIGHTS).stat().st_size / 1e6
+    print(f"export   {out}: {model.num_classes} classes{', averaged weights' if options.ema else ''}, {size:.1f} MB")
+    _push(options, out, (WEIGHTS, CONFIG, CARD), f"{checkpoint.name}, {model.num_classes} classes, timm format")
+    print(f'load it with\n\n    import timm\n    model = timm.create_model("local-dir:{out}", pretrained=True)')
+    return 0
+
+
+def _push(options: Options, out: Path, names: tuple[str, ...], what: str) -> None:
+    if options.push:
+        from mvp_fast.export.hub import push
+
+        address = push(out, names, options.push, private=options.private, message=f"mvp-fast export: {what}")
+        print(f"pushed   {address}: {', '.join(names)}")
 
 
 def _show_timm(student: Student, out: Path, weights: Path, num_classes: int) -> None:

@@ -25,6 +25,7 @@ VERBS = {
     "teacher fit": ("mvp_fast.cli.teacher.fit", "train a small CLIP on images and their captions, to be a teacher"),
     "export": ("mvp_fast.cli.export", "write a run's student in a format that other tools load"),
     "probe": ("mvp_fast.cli.probe", "measure what a frozen network's features are worth: k-NN and linear classifiers"),
+    "study": ("mvp_fast.cli.study.run", "pre-train students on different targets, and compare what they are worth"),
     "data scenes": ("mvp_fast.cli.data.scenes", "draw a synthetic set of JPEG images with labels, captions and masks"),
     "data index": ("mvp_fast.cli.data.index", "write the Parquet index of a folder of images"),
     "data convert": ("mvp_fast.cli.data.convert", "write a data set anew in a form that loads faster"),

@@ -35,6 +35,8 @@ class Options:
     """The test set's; the same classes by name."""
     out: Path | None = None
     """The folder for results.json and features; RUN/probe for a run, else ./probe-NAME."""
+    features: Path | None = None
+    """The folder that features are kept in, which probes on other test sets may share; OUT/features where not given."""
     overwrite: bool = False
     """Compute results anew where these are there already. Features are taken as they are."""
     checkpoint: str = "latest"
@@ -104,7 +106,9 @@ def main(argv: list[str]) -> int:
     print(f"train     {train.path}: {len(train):,} images")
     print(f"test      {test.path}: {len(test):,} images")
     try:
-        results = probe(backbone, train, test, settings, out, device, overwrite=options.overwrite)
+        results = probe(
+            backbone, train, test, settings, out, device, overwrite=options.overwrite, features=options.features
+        )
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(
             f"The GPU's memory is too small: {str(error).partition('.')[0]}",

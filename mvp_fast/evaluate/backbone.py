@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mvp_fast.errors import ConfigError, DataError, EnvironmentProblem
-from mvp_fast.evaluate.network import Network, is_export
+from mvp_fast.evaluate.finetune.export import load_classifier
+from mvp_fast.evaluate.network import is_export
 from mvp_fast.export.timm_format import timm_fingerprint, timm_model
 from mvp_fast.models.normaliser import Normaliser
-from mvp_fast.train.checkpoint import find_checkpoint, load_student, load_weights, read_state
+from mvp_fast.train.checkpoint import find_checkpoint, load_student, read_state
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,7 @@ def _run(source: BackboneSource, run: Path) -> Backbone:
 
 def _finetuned(path: Path, ema: bool) -> tuple[Any, str, int]:
     """The model in a checkpoint of `mvp-fast finetune` without its head, its name, and the step."""
-    state = read_state(path)
-    if ema and not (path / "ema").is_dir():
-        raise ConfigError("The run kept no averaged weights", where=str(path), fix="Leave --ema out")
-    network = Network.from_dict(state["network"])
-    model = network.build()
-    model.reset_classifier(len(state["classes"]))
-    load_weights(model, path, "ema" if ema else "model")
+    model, network, state = load_classifier(path, ema)
     model.reset_classifier(0)
     return model, network.architecture, int(state["step"])
 

@@ -64,15 +64,17 @@ def probe(
     device: torch.device,
     *,
     overwrite: bool = False,
+    features: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Probe a network and write `out`/results.json; features are kept in `out`/features.
+    """Probe a network and write `out`/results.json; features are kept in `out`/features, or in `features`.
 
     Results of the same network, sets and settings that are there already are returned as they are; others make room.
 
     Args:
         backbone: on `device`.
         overwrite: compute anew what is there already; features are taken as they are.
+        features: a folder that several probes may share.
         say: told what is being done, a line at a time.
 
     Returns:
@@ -94,9 +96,10 @@ def probe(
             _make_room(out / RESULTS, str(earlier.get("date", "")), say)
 
     rows = stratified_rows(labels.train_N, how.label_fraction, how.seed)
-    of_train = _labelled("training", backbone, train, rows, labels.train_N, labels.classes, how, out, device, say)
+    kept = features or out / "features"
+    of_train = _labelled("training", backbone, train, rows, labels.train_N, labels.classes, how, kept, device, say)
     every = np.arange(len(test))
-    of_test = _labelled("test", backbone, test, every, labels.test_N, labels.classes, how, out, device, say)
+    of_test = _labelled("test", backbone, test, every, labels.test_N, labels.classes, how, kept, device, say)
     with progress("looking for test images in the training set", len(rows) + len(test)) as tell:
         doubles = duplicates(train.subset(rows), test, tell)
 
@@ -169,12 +172,12 @@ def _labelled(
     label_N: npt.NDArray[np.int64],
     classes: list[str],
     how: ProbeSettings,
-    out: Path,
+    folder: Path,
     device: torch.device,
     say: Callable[[str], None],
 ) -> Labelled:
     """Features of these rows, from those of the whole set where they are there, else made of these rows alone."""
-    folder, extraction = out / "features", how.extraction
+    extraction = how.extraction
     features = find_features(folder, backbone, index, extraction, device)
     if features is not None:
         if len(rows) < len(index):

@@ -22,8 +22,9 @@ class Options:
     """The set's folder; made where it is missing."""
     images: int
     """How many images to draw."""
-    profile: Literal["imagenet", "small"] = "imagenet"
-    """imagenet: ImageNet's image sizes and about 110 KB a file, to measure with. small: 96 x 96, to learn from."""
+    profile: Literal["imagenet", "small", "plain"] = "imagenet"
+    """imagenet: ImageNet's image sizes and about 110 KB a file, to measure with. small: 96 x 96, to learn from. plain:
+    the same with plain objects on faint ground, learned with a fraction of the computing."""
     seed: int = 0
     """Decides what is drawn."""
     pairs: Literal["all", "seen", "held-out"] = "all"

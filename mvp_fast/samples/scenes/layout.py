@@ -11,7 +11,7 @@ import numpy as np
 
 from mvp_fast.samples.random import Stream, draws
 from mvp_fast.samples.scenes.spec import Mask, ObjectSpec, Profile, SceneSpec, coarse_grid, covers
-from mvp_fast.samples.scenes.vocabulary import GROUNDS, SIZES, TEXTURES, TILTS, Pair, all_pairs
+from mvp_fast.samples.scenes.vocabulary import GROUNDS, SIZES, TILTS, Pair, all_pairs
 
 # What a key is for: the order of the classes in a block of images, an image's layout, its noise.
 LABELS, LAYOUT, NOISE = range(3)
@@ -39,9 +39,9 @@ def layout(seed: int, profile: Profile, image: int, pairs: frozenset[Pair] | Non
 
     rng = np.random.Generator(np.random.Philox(key=scene_key(seed, profile, image, LAYOUT)))
     width, height, _ = profile.sizes[rng.choice(len(profile.sizes), p=[weight for *_, weight in profile.sizes])]
-    objects, main = _place_objects(rng, width, height, _count(rng, profile), label, sorted(pairs))
+    objects, main = _place_objects(rng, width, height, profile, label, sorted(pairs))
     used = {thing.colour for thing in objects}
-    grounds = [name for name, ground in GROUNDS.items() if not used & set(ground.clash)]
+    grounds = [name for name in profile.grounds if not used & set(GROUNDS[name].clash)]
     low, high = profile.grain
     return SceneSpec(
         width=width,
@@ -74,13 +74,14 @@ def _count(rng: np.random.Generator, profile: Profile) -> int:
 
 
 def _place_objects(
-    rng: np.random.Generator, width: int, height: int, count: int, label: str, pairs: list[Pair]
+    rng: np.random.Generator, width: int, height: int, profile: Profile, label: str, pairs: list[Pair]
 ) -> tuple[tuple[ObjectSpec, ...], int]:
-    """Up to `count` objects from back to front (one that finds no place is left out), and the main one's number."""
+    """The objects from back to front (one that finds no place is left out), and the main one's number."""
+    count = _count(rng, profile)
     colours = [colour for colour, shape in pairs if shape == label]
     words = list(SIZES)
-    main_size = words[int(rng.choice(3, p=(0.15, 0.35, 0.5) if count == 1 else (0.0, 0.4, 0.6)))]
-    main = _sample_object(rng, width, height, label, _pick(rng, colours), main_size)
+    main_size = words[int(rng.choice(3, p=profile.alone if count == 1 else profile.leading))]
+    main = _sample_object(rng, width, height, profile, label, _pick(rng, colours), main_size)
     x, y = coarse_grid(width, height)
     placed, masks, main_at = [main], [covers(main, x, y)], 0
     for _ in range(count - 1):
@@ -92,7 +93,7 @@ def _place_objects(
         overlap = bool(rng.random() < 0.5)  # half of the objects hide something or are hidden, where that can be had
         at = int(rng.integers(len(placed) + 1))  # its place from back to front
         for _ in range(ATTEMPTS):
-            thing = _sample_object(rng, width, height, shape, colour, size)
+            thing = _sample_object(rng, width, height, profile, shape, colour, size)
             mask = covers(thing, x, y)
             touched = [other for other, area in zip(placed, masks, strict=True) if (mask & area).any()]
             if bool(touched) != overlap or colour in {other.colour for other in touched}:
@@ -128,15 +129,17 @@ def _is_clear(masks: list[Mask], main: int) -> bool:
     return True
 
 
-def _sample_object(rng: np.random.Generator, width: int, height: int, shape: str, colour: str, size: str) -> ObjectSpec:
+def _sample_object(
+    rng: np.random.Generator, width: int, height: int, profile: Profile, shape: str, colour: str, size: str
+) -> ObjectSpec:
     """An object somewhere within the image, with everything that its words leave open."""
     radius = min(width, height) * rng.uniform(SIZES[size].low, SIZES[size].high)
     margin = radius * 1.03 + 2
-    tilt = math.radians(TILTS[shape])
+    tilt = math.radians(TILTS[shape] * profile.tilt)
     return ObjectSpec(
         shape=shape,
         colour=colour,
-        texture=_pick(rng, TEXTURES),
+        texture=_pick(rng, profile.textures),
         size=size,
         x=rng.uniform(margin, width - margin),
         y=rng.uniform(margin, height - margin),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mvp_fast.errors import ConfigError
 from mvp_fast.samples.scenes.shapes import signed_distance
-from mvp_fast.samples.scenes.vocabulary import COLOURS, SHAPES, Pair, all_pairs
+from mvp_fast.samples.scenes.vocabulary import COLOURS, GROUNDS, SHAPES, TEXTURES, Pair, all_pairs
 
 Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
@@ -29,6 +29,10 @@ class Profile:
         quality: least and greatest JPEG quality.
         full_chroma: share of files with 4:4:4 chroma; the others have 4:2:0.
         progressive: share of progressive files.
+        textures, grounds: that there may be.
+        alone, leading: probability of each size of the main object, from small to large, where it is the only one and
+            where there are others (which are smaller, so that it can't be small).
+        tilt: greatest tilt of objects, as a share of what their shapes allow.
     """
 
     name: str
@@ -40,6 +44,11 @@ class Profile:
     quality: tuple[int, int]
     full_chroma: float
     progressive: float
+    textures: tuple[str, ...] = TEXTURES
+    grounds: tuple[str, ...] = tuple(GROUNDS)
+    alone: tuple[float, float, float] = (0.15, 0.35, 0.5)
+    leading: tuple[float, float, float] = (0.0, 0.4, 0.6)
+    tilt: float = 1.0
 
 
 PROFILES = {
@@ -74,6 +83,22 @@ PROFILES = {
         quality=(92, 96),
         full_chroma=1.0,
         progressive=0.0,
+    ),
+    "plain": Profile(
+        name="plain",
+        number=2,
+        sizes=((96, 96, 1.0),),
+        objects=(0.6, 0.4),
+        grain=(1.0, 2.0),
+        relief=0.25,
+        quality=(92, 96),
+        full_chroma=1.0,
+        progressive=0.0,
+        textures=("plain",),
+        grounds=("cloth", "stone", "tiles"),  # neither light nor dark, and no colour is lost on them
+        alone=(0.0, 0.3, 0.7),
+        leading=(0.0, 0.2, 0.8),
+        tilt=0.3,
     ),
 }
 

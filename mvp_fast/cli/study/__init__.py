@@ -1,0 +1,1 @@
+"""`mvp-fast study`: run it, in processes that stay."""
