@@ -123,13 +123,13 @@ def _clip(config: StudyConfig, threads: int) -> Step:
     train, test, held_out = (str(set_folder(config, name)) for name in SETS)
     sets = ("--data.index", train, "--fit.test", test, "--fit.held-out", held_out)
     run = ("--run.dir", str(Path(config.folder) / CLIP), "--resume", "auto", "--data.threads", str(threads))
-    argv = ("teacher", "fit", "--config", config.clip, *sets, *run, *config.clip_options)
+    argv: tuple[str, ...] = ("teacher", "fit", "--config", config.clip, *sets, *run, *config.clip_options)
     return Step("teacher-fit", argv, ALL_SETS)
 
 
 def _pretrain(config: StudyConfig, student: Student, threads: int) -> Step:
     options, needs = _target(config, student)
-    argv = ("train", "--config", config.student, "--data.index", str(set_folder(config, "train")))
+    argv: tuple[str, ...] = ("train", "--config", config.student, "--data.index", str(set_folder(config, "train")))
     argv += ("--run.dir", str(run_folder(config, student)), "--resume", "auto", "--seed", str(student.seed))
     argv += ("--data.threads", str(threads), *config.student_options, *options)
     return Step(f"{student.name}/train", argv, ("data/train/index", *needs))
@@ -184,7 +184,7 @@ def _finetunes(config: StudyConfig, student: Student, threads: int) -> list[Step
     steps = []
     for part in config.labels:
         name = f"finetune-{part.fraction:g}"
-        argv = ("finetune", str(run), "--config", config.finetune, *sets, "--run.dir", str(run / name))
+        argv: tuple[str, ...] = ("finetune", str(run), "--config", config.finetune, *sets, "--run.dir", str(run / name))
         argv += ("--resume", "auto", "--seed", str(student.seed), "--data.threads", str(threads))
         argv += ("--finetune.label-fraction", f"{part.fraction:g}", "--train.epochs", f"{part.epochs:g}")
         needs = (f"{student.name}/train", "data/test/index")
@@ -195,7 +195,16 @@ def _finetunes(config: StudyConfig, student: Student, threads: int) -> list[Step
 def _segment(config: StudyConfig, student: Student, threads: int) -> Step:
     run = run_folder(config, student)
     train, test = str(set_folder(config, "train")), str(set_folder(config, "test"))
-    argv = ("segment", str(run), "--config", config.segment, "--segment.train", train, "--segment.val", test)
+    argv: tuple[str, ...] = (
+        "segment",
+        str(run),
+        "--config",
+        config.segment,
+        "--segment.train",
+        train,
+        "--segment.val",
+        test,
+    )
     argv += ("--run.dir", str(run / "segment"), "--resume", "auto", "--seed", str(student.seed))
     argv += ("--data.threads", str(threads), *config.segment_options)
     return Step(f"{student.name}/segment", argv, (f"{student.name}/train", "data/test/index"))
@@ -209,7 +218,15 @@ def _supervised(config: StudyConfig, threads: int) -> list[Step]:
         Path(config.folder) / SUPERVISED,
     )
     start = run_folder(config, Student("scratch-0", "scratch", 0))  # for its shape
-    argv = ("finetune", str(start), "--from-scratch", "--config", config.finetune, "--data.index", train)
+    argv: tuple[str, ...] = (
+        "finetune",
+        str(start),
+        "--from-scratch",
+        "--config",
+        config.finetune,
+        "--data.index",
+        train,
+    )
     argv += ("--finetune.test", test, "--run.dir", str(run), "--resume", "auto", "--seed", str(config.seeds))
     argv += ("--train.epochs", f"{config.supervised_epochs:g}", "--data.threads", str(threads))
     needs = ("scratch-0/train", "data/test/index")
