@@ -39,8 +39,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A file's tests share what they train, so they stay in one process; each process has one thread, and a core of its own.
 test: lint
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest tests -n logical --maxprocesses 4 --dist loadfile
 
 bench: $(READY)
 	$(BIN)/pytest benchmarks

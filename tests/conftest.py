@@ -19,6 +19,9 @@ import torch  # no dearer than in pytest_collection_modifyitems below, which eve
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A pytest that a test starts is no worker of this one; pytest-benchmark takes it for one and measures nothing.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
 REPO = Path(__file__).resolve().parents[1]
 
 # A run that takes a fraction of a second a step on a CPU: real parts, small sizes.
