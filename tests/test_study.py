@@ -10,6 +10,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,19 @@ import pytest
 import torch
 import yaml
 
+from mvp_fast.cli import export as export_verb
+from mvp_fast.cli import probe as probe_verb
+from mvp_fast.cli import visualize as visualize_verb
 from mvp_fast.cli.main import main
-from mvp_fast.cli.study.pool import KILLED, Notes, StepFailed, run_steps
-from mvp_fast.config.load import load_settings
+from mvp_fast.cli.parse import parse
+from mvp_fast.cli.study.notes import Notes
+from mvp_fast.cli.study.pool import StepFailed, run_steps
+from mvp_fast.config.check import check_config
+from mvp_fast.config.finetune import FinetuneConfig, check_finetune
+from mvp_fast.config.fit import TeacherFitConfig, check_fit
+from mvp_fast.config.load import load_settings, settings_from_dict
+from mvp_fast.config.schema import Config
+from mvp_fast.config.segment import SegmentSettings, check_segment
 from mvp_fast.config.study import AblationConfig, LabelsConfig, StudyConfig, check_study
 from mvp_fast.errors import ConfigError, DataError, Preempted
 from mvp_fast.evaluate.study.figures import LINEAR, MIOU, margins, summary
@@ -28,6 +39,17 @@ from mvp_fast.evaluate.study.steps import Step, build_steps, set_folder, student
 from mvp_fast.evaluate.study.tables import filled
 from mvp_fast.samples.index import Index
 
+CHECKS: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "train": (Config, check_config),
+    "finetune": (FinetuneConfig, check_finetune),
+    "segment": (SegmentSettings, check_segment),
+    "teacher": (TeacherFitConfig, check_fit),
+}
+OPTIONS: dict[str, Any] = {
+    "probe": probe_verb.Options,
+    "export": export_verb.Options,
+    "visualize": visualize_verb.Options,
+}
 REPO = Path(__file__).resolve().parents[1]
 
 
@@ -57,17 +79,26 @@ def test_every_step_comes_after_what_it_needs(form: str) -> None:
     assert len(set(names)) == len(names)
     for number, step in enumerate(steps):
         assert set(step.needs) <= set(names[:number]), step.name
-    trained = {step.name.partition("/")[0] for step in steps if step.kind == "train"}
+    trained = {step.name.partition("/")[0] for step in steps if step.kind in ("train", "initial")}
     assert trained == {student.name for student in students(config)}
     assert len(trained) == 7 * 3 + len(config.ablations) * config.ablation_seeds
 
 
-def test_a_student_never_learns_from_one_of_its_own_seed() -> None:
+def test_no_student_learns_from_one_of_its_own_seed() -> None:
     steps = {step.name: step for step in build_steps(load_settings(StudyConfig, "configs/mini/study-cpu.yaml"), 1)}
     for seed in range(3):
-        argv = steps[f"self-{seed}/train"].argv
-        teacher = Path(argv[argv.index("--teacher.pretrained") + 1]).parents[1].name
-        assert teacher == f"pixels-{(seed + 1) % 3}"
+        for kind in ("self", "supervised"):
+            learner, teacher = steps[f"{kind}-{seed}/train"].argv, steps[f"teachers/{kind}"]
+            tower = Path(learner[learner.index("--teacher.pretrained") + 1])
+            assert tower.parents[1] == teacher.output
+            assert teacher.argv[teacher.argv.index("--seed") + 1] != str(seed)
+
+
+def test_what_begins_with_fresh_weights_learns_at_the_full_rate() -> None:
+    for step in build_steps(load_settings(StudyConfig, "configs/mini/study-cpu.yaml"), 1):
+        if step.argv[0] in ("finetune", "segment"):
+            fresh = step.name.startswith(("scratch", "teachers"))
+            assert (f"--{step.argv[0]}.layer-decay" in step.argv) == fresh, step.name
 
 
 def test_no_training_command_is_given_a_test_set_to_train_on() -> None:
@@ -84,7 +115,11 @@ def test_no_training_command_is_given_a_test_set_to_train_on() -> None:
     [
         ({"targets": ("clip", "dino")}, "targets is ['dino']"),
         ({"targets": ("clip", "clip")}, "different"),
-        ({"targets": ("clip", "self")}, "comes from pixels"),
+        ({"targets": ("clip", "supervised")}, "Add scratch"),
+        ({"student_options": ("--seed", "0")}, "--seed is among the student-options"),
+        ({"probe_options": ("--out=elsewhere",)}, "--out=elsewhere is among the probe-options"),
+        ({"ablations": (AblationConfig("hog", ()),)}, "other words than a target's"),
+        ({"folder": ""}, "the name of a folder"),
         ({"supervised_epochs": 0.0}, "supervised-epochs is 0.0"),
         ({"targets": ("pixels",)}, "Add clip to targets"),
         ({"seeds": 0}, "seeds is 0"),
@@ -126,9 +161,14 @@ def test_every_command_is_understood(form: str) -> None:
             seen.add(step.kind)
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 assert main([*step.argv, "--print-config"]) == 0, step.name
-            settings = yaml.safe_load(out.getvalue())
-            assert settings["data"]["image_size"] in (48, 96), step.name
-    assert {"train", "teacher-fit", "segment", "finetune-1"} <= seen
+            kind, check = CHECKS[step.argv[0]]
+            settings = settings_from_dict(kind, yaml.safe_load(out.getvalue()), source=step.name)
+            check(settings)
+            assert settings.data.image_size in (48, 96), step.name
+        elif step.argv[0] in OPTIONS:
+            seen.add(step.kind)
+            parse(OPTIONS[step.argv[0]], list(step.argv[1:]), step.argv[0])
+    assert {"train", "clip", "supervised", "segment", "finetune-1", "probe", "visualize", "export"} <= seen
 
 
 # The processes.

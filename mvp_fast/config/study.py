@@ -10,6 +10,14 @@ from typing import Literal
 from mvp_fast.config.check import require
 from mvp_fast.errors import ConfigError
 
+SAID_BY_THE_STUDY = frozenset(
+    f"--{name}"
+    for name in (
+        *("config", "seed", "resume", "run.dir", "data.index", "finetune.test", "finetune.label-fraction"),
+        *("fit.test", "fit.held-out", "segment.train", "segment.val", "model.name", "segment.model"),
+        *("train", "test", "out", "features", "print-config", "overwrite"),
+    )
+)
 TARGETS = ("clip", "supervised", "self", "random", "pixels", "hog", "scratch")
 
 
@@ -112,13 +120,15 @@ def check_study(config: StudyConfig) -> None:
         ("processes", config.processes, 0),
     ):
         require(value >= least, name, value, f"{least} or more")
+    _check_options(config)
     unknown = [name for name in config.targets if name not in TARGETS]
     require(not unknown, "targets", unknown, f"some of {', '.join(TARGETS)}")
     require(len(set(config.targets)) == len(config.targets) > 0, "targets", config.targets, "different, at least one")
-    for needs, what in (("supervised", "scratch"), ("self", "pixels")):
-        if needs in config.targets and what not in config.targets:
-            fix = f"Add {what}, or leave {needs} out"
-            raise ConfigError(f"targets has {needs}, whose teacher comes from {what}, which is not there", fix=fix)
+    if "supervised" in config.targets and "scratch" not in config.targets:
+        raise ConfigError(
+            "targets has supervised, whose teacher has the shape of scratch's students, which are not there",
+            fix="Add scratch, or leave supervised out",
+        )
     for part in config.labels:
         require(0 < part.fraction <= 1, "labels.fraction", part.fraction, "above 0, at most 1")
         require(0 < part.epochs < math.inf, "labels.epochs", part.epochs, "above 0")
@@ -130,6 +140,24 @@ def check_study(config: StudyConfig) -> None:
         ([ablation_folder(each) for each in config.ablations], "ablations"),
     ):
         require(len(set(names)) == len(names) and all(names), field_name, names, "named, and different")
+    taken = [each.name for each in config.ablations if each.name in TARGETS]
+    require(not taken, "ablations.name", taken, "other words than a target's")
+    require(bool(config.folder.strip()), "folder", repr(config.folder), "the name of a folder")
     for path in (config.clip, config.student, config.finetune, config.segment):
         if not os.path.isfile(path):
             raise ConfigError("There is no such file of settings", where=path, fix="Call it from the checkout's root")
+
+
+def _check_options(config: StudyConfig) -> None:
+    """ConfigError where options say what the study itself says: all its runs would be one."""
+    for name, options in (
+        ("clip-options", config.clip_options),
+        ("student-options", config.student_options),
+        ("finetune-options", config.finetune_options),
+        ("segment-options", config.segment_options),
+        ("probe-options", config.probe_options),
+        *((f"ablations, {each.name}", each.options) for each in config.ablations),
+    ):
+        wrong = [word for word in options if word.partition("=")[0].replace("_", "-") in SAID_BY_THE_STUDY]
+        if wrong:
+            raise ConfigError(f"{wrong[0]} is among the {name}, but the study decides it itself", fix="Leave it out")

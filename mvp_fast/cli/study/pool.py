@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import Any
 
+from mvp_fast.cli.study.notes import Notes
 from mvp_fast.cli.study.worker import CRASHED, Done, Worker
-from mvp_fast.errors import DataError, Preempted, UserError
+from mvp_fast.errors import EnvironmentProblem, Preempted, UserError
 from mvp_fast.evaluate.progress import clock
 from mvp_fast.evaluate.study.steps import Step
-from mvp_fast.samples.files import replacing
 
-KILLED = 137
+KILLED = -1
+"""In place of an exit code: the process is gone."""
 
 
 class StepFailed(UserError):
@@ -27,44 +27,22 @@ class StepFailed(UserError):
 
     kind = "a step failed"
 
-    def __init__(self, step: Step, code: int, log: Path) -> None:
-        how = {CRASHED: "with an error that is none of yours", KILLED: "killed"}.get(code, f"with exit code {code}")
-        reason = _last_words(log)
-        super().__init__(
-            f"The step {step.name} ended {how}: {reason}" if reason else f"The step {step.name} ended {how}",
-            where=str(log),
-            fix="When it is mended, the same command goes on from there; what is done stays done",
+    def __init__(self, step: Step, code: int, log: Path, words: str) -> None:
+        how = {CRASHED: "with an error that nobody foresaw", KILLED: "killed, perhaps for lack of memory"}.get(
+            code, f"with exit code {code}"
         )
-        self.exit_code = code
-
-
-class Notes:
-    """What is known of the steps that are done: one small file each, which holds the command and its seconds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, step: Step) -> Path:
-        """Where the step's note is."""
-        return self.folder / f"{step.name.replace('/', '.')}.json"
-
-    def seconds(self, step: Step) -> float | None:
-        """How long the step took; None where it is not done, or was done with another command."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            note = json.loads(self.path(step).read_text(encoding="utf-8"))
-            if note["argv"] == list(step.argv):
-                return float(note["seconds"])
-        return None
-
-    def write(self, step: Step, seconds: float) -> None:
-        """Say that it is done."""
-        with replacing(self.path(step)) as file:
-            file.write((json.dumps({"argv": list(step.argv), "seconds": round(seconds, 2)}) + "\n").encode())
+        fix = "Take fewer --processes; the same command" if code == KILLED else "When it is mended, the same command"
+        super().__init__(
+            f"The step {step.name} ended {how}" + (f": {words}" if words and code != KILLED else ""),
+            where=str(log),
+            fix=f"{fix} goes on from there, and what is done stays done",
+        )
+        self.exit_code = {CRASHED: UserError.exit_code, KILLED: EnvironmentProblem.exit_code}.get(code, code)
 
 
 def run_steps(
     steps: Sequence[Step], folder: Path, processes: int, threads: int, say: Callable[[str], None] = print
-) -> dict[str, float]:
+) -> Notes:
     """Run what is not done yet.
 
     Args:
@@ -75,25 +53,25 @@ def run_steps(
         say: told of each step that ends, and how long the others will take.
 
     Returns:
-        the seconds that each step took, now or earlier.
+        the notes of all steps, which are done.
 
     Raises:
+        ConfigError: the folder holds steps of other settings.
         StepFailed: a step did; those that ran beside it were let finish.
         Preempted: SIGTERM or SIGINT came; steps that train have written checkpoints.
     """
-    notes = Notes(folder / "steps")
+    notes = Notes(folder / "steps", steps)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    notes.folder.mkdir(exist_ok=True)
-    took: dict[str, float] = {}
-    for step in steps:  # one that is done counts as long as all that it needs does
-        seconds = notes.seconds(step)
-        if seconds is not None and all(need in took for need in step.needs):
-            took[step.name] = seconds
-    left = [step for step in steps if step.name not in took]
+    done: set[str] = set()
+    for step in steps:  # in order: one is done only where all that it needs is
+        if set(step.needs) <= done and notes.is_done(step):
+            done.add(step.name)
+    left = [step for step in steps if step.name not in done]
+    notes.check_before(left)
     if left:
         say(f"steps    {len(left)} of {len(steps)} to do, {processes} at a time, {threads} threads each")
-        _Pool(left, took, notes, folder / "logs", processes, threads, say).run()
-    return took
+        _Pool(left, done, notes, folder / "logs", processes, threads, say).run()
+    return notes
 
 
 class _Pool:
@@ -102,19 +80,19 @@ class _Pool:
     def __init__(
         self,
         left: list[Step],
-        took: dict[str, float],
+        done: set[str],
         notes: Notes,
         logs: Path,
         processes: int,
         threads: int,
         say: Callable[[str], None],
     ) -> None:
-        self.left, self.took, self.notes, self.logs, self.say = left, took, notes, logs, say
-        self.total = len(left) + len(took)
+        self.left, self.done, self.notes, self.logs, self.say = left, done, notes, logs, say
+        self.total = len(left) + len(done)
         self.workers = [Worker(threads) for _ in range(min(processes, len(left)))]
         self.running: dict[Any, tuple[Worker, Step]] = {}
         self.failed: StepFailed | None = None
-        self.stopped = False
+        self.stopped = Event()
         self.by_kind: dict[str, list[float]] = defaultdict(list)
 
     def run(self) -> None:
@@ -124,53 +102,59 @@ class _Pool:
             self._begin()
             while self.running:
                 for connection in wait(list(self.running)):
-                    worker, step = self.running.pop(connection)
-                    self._end(worker, step)
+                    self._end(*self.running.pop(connection))
                 self._begin()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        finally:  # with an error of our own (a full disk), what still runs is asked to stop
+            for worker, _ in self.running.values():
+                worker.stop()
             for worker in self.workers:
                 worker.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if self.failed is not None:
             raise self.failed
-        if self.stopped:
+        if self.stopped.is_set():
             raise Preempted("The study was stopped", where=str(self.logs), fix="The same command goes on from there")
-        if self.left:
-            raise DataError(f"The step {self.left[0].name} needs one that is not there", where=str(self.logs))
+        assert not self.left, self.left[0].name
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stopped = True
-        for worker, _ in self.running.values():
+        self.stopped.set()
+        for worker, _ in list(self.running.values()):
             worker.stop()
 
     def _begin(self) -> None:
         """Give work to the workers that have none."""
-        busy = {id(worker) for worker, _ in self.running.values()}
         for worker in self.workers:
-            if id(worker) in busy or self.failed or self.stopped or not worker.process.is_alive():
+            if self.failed or self.stopped.is_set():
+                return
+            if worker.connection in self.running:
                 continue
-            step = next((step for step in self.left if all(need in self.took for need in step.needs)), None)
+            step = next((step for step in self.left if set(step.needs) <= self.done), None)
             if step is None:
                 return
             self.left.remove(step)
-            worker.start(step.argv, self.logs / f"{step.name.replace('/', '.')}.log")
-            self.running[worker.connection] = (worker, step)
+            self.notes.begin(step)
+            self.running[worker.connection] = (worker, step)  # before the start, so that a signal finds it
+            worker.start(step.argv, self._log(step))
+            if self.stopped.is_set():
+                worker.stop()
 
     def _end(self, worker: Worker, step: Step) -> None:
         """A step has ended, or its process has."""
         try:
-            done = worker.result()
+            result = worker.result()
         except (EOFError, OSError):
-            done = Done(KILLED, 0.0)
-        log = self.logs / f"{step.name.replace('/', '.')}.log"
-        if done.code == 0:
-            self.took[step.name] = done.seconds
-            self.by_kind[step.kind].append(done.seconds)
-            self.notes.write(step, done.seconds)
-            self.say(f"{len(self.took):>4}/{self.total}  {step.name:<40} {done.seconds:7.1f} s  {self._eta()}")
-        elif not self.stopped and self.failed is None:
-            self.failed = StepFailed(step, done.code, log)
+            result = Done(KILLED, 0.0, "")
+        seconds = self.notes.finish(step, result.seconds, done=result.code == 0)
+        if result.code == 0:
+            self.done.add(step.name)
+            self.by_kind[step.kind].append(result.seconds)
+            self.say(f"{len(self.done):>4}/{self.total}  {step.name:<44} {seconds:7.1f} s  {self._eta()}")
+        elif not self.stopped.is_set() and self.failed is None:
+            self.failed = StepFailed(step, result.code, self._log(step), result.words)
+
+    def _log(self, step: Step) -> Path:
+        return self.logs / f"{step.name.replace('/', '.')}.log"
 
     def _eta(self) -> str:
         """From what steps of the same kind took so far."""
@@ -178,13 +162,19 @@ class _Pool:
         usual = sum(every) / len(every)
         kinds = {kind: sum(found) / len(found) for kind, found in self.by_kind.items()}
         ahead = [*self.left, *(step for _, step in self.running.values())]
-        seconds = sum(kinds.get(step.kind, usual) for step in ahead) / max(len(self.workers), 1)
+        seconds = sum(kinds.get(step.kind, usual) for step in ahead) / len(self.workers)
         return f"ETA {clock(seconds)}" if ahead else time.strftime("done at %H:%M")
 
 
-def _last_words(log: Path) -> str:
-    """What a log ends with."""
-    with suppress(OSError):
-        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return next((line for line in reversed(lines) if line), "")
-    return ""
+def ready_folder(folder: Path) -> None:
+    """Make the study's folder.
+
+    Raises:
+        EnvironmentProblem: it can't be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"The study's folder can't be made: {error.strerror}", where=str(folder), fix="Give another --folder"
+        ) from error

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mvp_fast.config.study import StudyConfig
 from mvp_fast.evaluate.results import read_results
-from mvp_fast.evaluate.study.steps import CLIP, SUPERVISED, Student, run_folder, students
+from mvp_fast.evaluate.study.steps import CLIP, RESULTS, SUPERVISED, Student, run_folder, students, teacher_folder
 
 MIOU, LINEAR = "miou", "linear"
-K = "20"
-"""Neighbours, of those that `probe` tells."""
 
 
 def finetune_figure(fraction: float) -> str:
@@ -32,7 +29,7 @@ def gather(config: StudyConfig, seconds: Mapping[str, float]) -> dict[str, Any]:
 
     Args:
         config: of a study whose steps are done.
-        seconds: that each step took.
+        seconds: that each step took, by its name.
 
     Returns:
         JSON-able: `teacher` (the CLIP's zero-shot figures and their chances), `supervised` (the accuracy of the teacher
@@ -46,32 +43,29 @@ def gather(config: StudyConfig, seconds: Mapping[str, float]) -> dict[str, Any]:
     runs = [_run(config, student, seconds) for student in students(config)]
     found: dict[str, Any] = {"runs": runs, "summary": summary(runs)}
     found["margins"] = margins(found["summary"], [each for each in config.targets if each != CLIP])
-    clip = Path(config.folder) / CLIP / "results.json"
-    if "teacher-fit" in seconds:
-        content = read_results(clip)
+    if "teachers/clip" in seconds:
+        content = read_results(teacher_folder(config, CLIP) / RESULTS)
         found["teacher"] = {name: content[name] for name in ("figures", "chances", "step")}
-        found["teacher"]["seconds"] = round(seconds["teacher-fit"], 1)
-    if f"{SUPERVISED}/fit" in seconds:
-        content = read_results(Path(config.folder) / SUPERVISED / "results.json")
-        found["supervised"] = {
-            "accuracy": content["test"]["accuracy"],
-            "seconds": round(seconds[f"{SUPERVISED}/fit"], 1),
-        }
+        found["teacher"]["seconds"] = round(seconds["teachers/clip"], 1)
+    if "teachers/supervised" in seconds:
+        content = read_results(teacher_folder(config, SUPERVISED) / RESULTS)
+        spent = round(seconds["teachers/supervised"], 1)
+        found["supervised"] = {"accuracy": content["test"]["accuracy"], "step": content["step"], "seconds": spent}
     return found
 
 
 def _run(config: StudyConfig, student: Student, seconds: Mapping[str, float]) -> dict[str, Any]:
     folder, figures = run_folder(config, student), {}
-    probes = {"": read_results(folder / "probe" / "results.json")}
-    probes["_held_out"] = read_results(folder / "probe-held-out" / "results.json")
+    probes = {"": read_results(folder / "probe" / RESULTS)}
+    probes["_held_out"] = read_results(folder / "probe-held-out" / RESULTS)
     for suffix, content in probes.items():
         figures[f"{LINEAR}{suffix}"] = content["linear"]["test"]["accuracy"]
-        figures[f"knn{suffix}"] = content["knn"]["k"][K]["accuracy"]
+        figures[f"knn{suffix}"] = content["knn"]["k"][max(content["knn"]["k"], key=int)]["accuracy"]
     if not student.ablation:
         for part in config.labels:
-            content = read_results(folder / f"finetune-{part.fraction:g}" / "results.json")
+            content = read_results(folder / f"finetune-{part.fraction:g}" / RESULTS)
             figures[finetune_figure(part.fraction)] = content["test"]["accuracy"]
-        figures[MIOU] = read_results(folder / "segment" / "results.json")["miou"]
+        figures[MIOU] = read_results(folder / "segment" / RESULTS)["miou"]
     spent = {
         name.partition("/")[2]: round(each, 1)
         for name, each in seconds.items()
@@ -114,11 +108,11 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
 def margins(table: Mapping[str, Any], others: Iterable[str], names: Iterable[str] = (LINEAR, MIOU)) -> dict[str, Any]:
     """By how much students that learn from CLIP are ahead of others, and whether that is more than the spread.
 
-    The spread is the greater of the two ranges over seeds, greatest minus least: where the margin is more than that, no
-    seed of the one is as good as the worst of the other.
+    The spread is the greater of the two ranges over seeds, greatest minus least.
 
     Returns:
-        figure -> other kind -> margin, spread, more (margin > spread; None where there is one seed alone).
+        figure -> other kind -> margin (of the means), spread, and verdict: `ahead` or `behind` where the margin is more
+        than the spread, else `within`; None where there is one seed alone.
     """
     found: dict[str, Any] = {}
     for name in names:
@@ -128,10 +122,11 @@ def margins(table: Mapping[str, Any], others: Iterable[str], names: Iterable[str
             ours, theirs = table[CLIP][name], table[other][name]
             margin = ours["mean"] - theirs["mean"]
             spread = max(each["greatest"] - each["least"] for each in (ours, theirs))
+            verdict = "within" if abs(margin) <= spread else "ahead" if margin > 0 else "behind"
             told = min(ours["seeds"], theirs["seeds"]) > 1
             found.setdefault(name, {})[other] = {
                 "margin": margin,
                 "spread": spread,
-                "more": margin > spread if told else None,
+                "verdict": verdict if told else None,
             }
     return found

@@ -9,14 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mvp_fast.config.study import AblationConfig, StudyConfig, ablation_folder
+from mvp_fast.config.study import StudyConfig, ablation_folder
 
-CLIP, SUPERVISED = "clip", "supervised"
+CLIP, SUPERVISED, SELF, SCRATCH = "clip", "supervised", "self", "scratch"
 SETS = {"train": ("images", "seen", 0), "test": ("test", "seen", 1), "held-out": ("held_out", "held-out", 2)}
+INDEXED = {name: f"data/{name}/index" for name in SETS}
 # A patch's own values: no CLS token has any, and they are regressed, as MAE and MaskFeat do.
 OWN_VALUES = ("--objective.cls", "False", "--objective.target-norm", "none", "--objective.loss", "mse")
 UNTRAINED = ("--train.steps", "1", "--optim.lr", "0", "--optim.min-lr", "0")
 """One step that changes nothing: a run that holds the initial weights of its seed."""
+WHOLE_RATE = ("--finetune.layer-decay", "1")
+"""What begins with fresh weights learns at the full rate in all blocks."""
+TEACHER_SEED = 1000
+"""Of the teachers that have a student's shape; no student has it, so that none begins where its teacher began."""
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,15 @@ class Step:
     Attributes:
         name: unique.
         argv: after `mvp-fast`.
+        output: what it makes; where that is removed, the step is to be done again.
+        proof: what is in `output` when the step is done.
         needs: names of the steps that must be done before.
     """
 
     name: str
     argv: tuple[str, ...]
+    output: Path
+    proof: str
     needs: tuple[str, ...] = ()
 
     @property
@@ -58,7 +68,7 @@ class Student:
 
 def students(config: StudyConfig) -> list[Student]:
     """All of them; the kinds that need no teacher first, so that there is work beside the teacher's training."""
-    early = ("scratch", "pixels", "hog")
+    early = (SCRATCH, "pixels", "hog")
     order = sorted(config.targets, key=lambda target: (target not in early, config.targets.index(target)))
     found = [Student(f"{target}-{seed}", target, seed) for target in order for seed in range(config.seeds)]
     return found + [
@@ -78,6 +88,11 @@ def set_folder(config: StudyConfig, name: str) -> Path:
     return Path(config.folder) / "data" / name
 
 
+def teacher_folder(config: StudyConfig, name: str) -> Path:
+    """The run of a teacher that is fitted here: clip, supervised or self."""
+    return Path(config.folder) / "teachers" / name
+
+
 def build_steps(config: StudyConfig, threads: int) -> list[Step]:
     """Every command, each after those that it needs; a runner may take any whose needs are met, the earlier first.
 
@@ -85,162 +100,155 @@ def build_steps(config: StudyConfig, threads: int) -> list[Step]:
         config: checked.
         threads: for loading images, a step.
     """
-    steps = _sets(config)
-    everyone = students(config)
+    made, steps, everyone = _Commands(config, threads), [], students(config)
+    for name in SETS:
+        steps += made.scenes(name)
     if any(each.kind in (CLIP, "random") or each.ablation for each in everyone):
-        steps.append(_clip(config, threads))
+        steps.append(made.clip())
     for student in everyone:
-        steps.append(_pretrain(config, student, threads))
-        steps += _probes(config, student, threads)
+        steps.append(made.pretrain(student))
+        steps += made.probes(student)
         if not student.ablation:
-            steps += _finetunes(config, student, threads)
-            steps.append(_segment(config, student, threads))
-        if student.kind == "pixels" and "self" in config.targets:
-            steps.append(_export(run_folder(config, student), student.name, f"{student.name}/train"))
+            steps += [made.finetune(student, part.fraction, part.epochs) for part in config.labels]
+            steps.append(made.segment(student))
     if SUPERVISED in config.targets:
-        steps += _supervised(config, threads)
+        steps += made.supervised()
+    if SELF in config.targets:
+        steps += made.self_supervised()
     if config.texts:
-        run = str(run_folder(config, Student(f"{CLIP}-0", CLIP, 0)))
-        argv = ("visualize", run, "--data", str(set_folder(config, "test")), "--with-teacher", "--text", *config.texts)
-        steps.append(Step(f"{CLIP}-0/visualize", argv, (f"{CLIP}-0/train",)))
+        steps.append(made.pictures(Student(f"{CLIP}-0", CLIP, 0)))
     return _in_order(steps)
 
 
-def _sets(config: StudyConfig) -> list[Step]:
-    steps = []
-    for name, (field, pairs, seed) in SETS.items():
-        folder, images = str(set_folder(config, name)), str(getattr(config.scenes, field))
-        profile = ("--profile", config.scenes.profile, "--pairs", pairs, "--seed", str(seed))
-        steps.append(Step(f"data/{name}/scenes", ("data", "scenes", "--out", folder, "--images", images, *profile)))
-        steps.append(Step(f"data/{name}/index", ("data", "index", folder), (f"data/{name}/scenes",)))
-    return steps
+class _Commands:
+    """Makes the steps of one study."""
+
+    def __init__(self, config: StudyConfig, threads: int) -> None:
+        self.config, self.threads = config, str(threads)
+        self.train, self.test, self.held_out = (str(set_folder(config, name)) for name in SETS)
+
+    def scenes(self, name: str) -> list[Step]:
+        """Draw a set, and index it."""
+        field, pairs, seed = SETS[name]
+        folder, images = set_folder(self.config, name), str(getattr(self.config.scenes, field))
+        how = ("--profile", self.config.scenes.profile, "--pairs", pairs, "--seed", str(seed))
+        argv = ("data", "scenes", "--out", str(folder), "--images", images, *how)
+        drawn = Step(f"data/{name}/scenes", argv, folder, "scenes.json")
+        return [drawn, Step(INDEXED[name], ("data", "index", str(folder)), folder, "index.parquet", (drawn.name,))]
+
+    def clip(self) -> Step:
+        """The CLIP that is the teacher."""
+        run = teacher_folder(self.config, CLIP)
+        sets = ("--data.index", self.train, "--fit.test", self.test, "--fit.held-out", self.held_out)
+        argv = ("teacher", "fit", "--config", self.config.clip, *sets, *self._run(run), *self.config.clip_options)
+        return Step("teachers/clip", argv, run, RESULTS, tuple(INDEXED.values()))
+
+    def supervised(self) -> list[Step]:
+        """A network of the students' size, trained on all labels."""
+        shape = Student(f"{SCRATCH}-0", SCRATCH, 0)
+        run, start = teacher_folder(self.config, SUPERVISED), str(run_folder(self.config, shape))
+        argv = (
+            "finetune",
+            start,
+            "--from-scratch",
+            *self._classes(run, TEACHER_SEED, 1, self.config.supervised_epochs),
+        )
+        needs = (_trained(shape), INDEXED["test"])
+        fitted = Step("teachers/supervised", (*argv, *WHOLE_RATE), run, RESULTS, needs)
+        return [fitted, self._export(fitted)]
+
+    def self_supervised(self) -> list[Step]:
+        """A student that is pre-trained on pixels, to be a teacher."""
+        run = teacher_folder(self.config, SELF)
+        argv = (*self._pretrain(run, TEACHER_SEED), "--teacher.kind", "pixels", *OWN_VALUES)
+        fitted = Step("teachers/self", argv, run, "checkpoints", (INDEXED["train"],))
+        return [fitted, self._export(fitted)]
+
+    def pretrain(self, student: Student) -> Step:
+        """A student, on what it is to predict."""
+        options, needs = self._target(student)
+        run = run_folder(self.config, student)
+        argv = (*self._pretrain(run, student.seed), *options)
+        kind = "initial" if student.kind == SCRATCH else "train"  # one step, and no measure of the others' time
+        return Step(f"{student.name}/{kind}", argv, run, "checkpoints", (INDEXED["train"], *needs))
+
+    def probes(self, student: Student) -> list[Step]:
+        """Two: on pairs that were trained on, and on others; the training set's features are made once."""
+        run, steps = run_folder(self.config, student), []
+        features = ("--features", str(run / "probe" / "features"), "--threads", self.threads)
+        for name, test, needs in (
+            ("probe", self.test, (_trained(student), INDEXED["test"])),
+            ("probe-held-out", self.held_out, (f"{student.name}/probe", INDEXED["held-out"])),
+        ):
+            sets = ("--train", self.train, "--test", test, "--out", str(run / name))
+            argv = ("probe", str(run), *sets, *features, *self.config.probe_options)
+            steps.append(Step(f"{student.name}/{name}", argv, run / name, RESULTS, needs))
+        return steps
+
+    def finetune(self, student: Student, fraction: float, epochs: float) -> Step:
+        """A classifier from a student, on a part of the labels."""
+        run, name = run_folder(self.config, student), f"finetune-{fraction:g}"
+        argv = ("finetune", str(run), *self._classes(run / name, student.seed, fraction, epochs))
+        argv += WHOLE_RATE if student.kind == SCRATCH else ()
+        return Step(f"{student.name}/{name}", argv, run / name, RESULTS, (_trained(student), INDEXED["test"]))
+
+    def segment(self, student: Student) -> Step:
+        """UPerNet on a student."""
+        run = run_folder(self.config, student)
+        sets = ("--segment.train", self.train, "--segment.val", self.test)
+        argv = ("segment", str(run), "--config", self.config.segment, *sets, *self._run(run / "segment", student.seed))
+        needs = (_trained(student), INDEXED["test"])
+        argv += ("--segment.layer-decay", "1") if student.kind == SCRATCH else ()
+        return Step(f"{student.name}/segment", (*argv, *self.config.segment_options), run / "segment", RESULTS, needs)
+
+    def pictures(self, student: Student) -> Step:
+        """What a student sees, and where it finds texts."""
+        run = run_folder(self.config, student)
+        argv = ("visualize", str(run), "--data", self.test, "--with-teacher", "--text", *self.config.texts)
+        needs = (_trained(student), INDEXED["test"])
+        return Step(f"{student.name}/visualize", argv, run / "visualize", RESULTS, needs)
+
+    def _target(self, student: Student) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a student learns from: options of `train`, and the steps that make it."""
+        clip = ("--teacher.name", str(teacher_folder(self.config, CLIP)))
+        if student.ablation:
+            ablation = next(each for each in self.config.ablations if each.name == student.kind)
+            return (*clip, *ablation.options), ("teachers/clip",)
+        if student.kind in ("pixels", "hog"):
+            return ("--teacher.kind", student.kind, *OWN_VALUES), ()
+        if student.kind == SCRATCH:
+            return ("--teacher.kind", "pixels", *OWN_VALUES, *UNTRAINED), ()
+        if student.kind in (SELF, SUPERVISED):
+            tower = teacher_folder(self.config, student.kind) / "export" / "timm"
+            return ("--teacher.kind", "timm", "--teacher.pretrained", str(tower)), (f"teachers/{student.kind}/export",)
+        return (*clip, *(("--teacher.pretrained", "random") if student.kind == "random" else ())), ("teachers/clip",)
+
+    def _pretrain(self, run: Path, seed: int) -> tuple[str, ...]:
+        words = ("train", "--config", self.config.student, "--data.index", self.train)
+        return *words, *self._run(run, seed), *self.config.student_options
+
+    def _classes(self, run: Path, seed: int, fraction: float, epochs: float) -> tuple[str, ...]:
+        words = ("--config", self.config.finetune, "--data.index", self.train, "--finetune.test", self.test)
+        part = ("--finetune.label-fraction", f"{fraction:g}", "--train.epochs", f"{epochs:g}")
+        return *words, *self._run(run, seed), *part, *self.config.finetune_options
+
+    def _run(self, run: Path, seed: int = 0) -> tuple[str, ...]:
+        return "--run.dir", str(run), "--resume", "auto", "--seed", str(seed), "--data.threads", self.threads
+
+    @staticmethod
+    def _export(fitted: Step) -> Step:
+        argv = ("export", str(fitted.output), "--format", "timm")
+        return Step(f"{fitted.name}/export", argv, fitted.output / "export", "timm/config.json", (fitted.name,))
 
 
-ALL_SETS = tuple(f"data/{name}/index" for name in SETS)
-
-
-def _clip(config: StudyConfig, threads: int) -> Step:
-    train, test, held_out = (str(set_folder(config, name)) for name in SETS)
-    sets = ("--data.index", train, "--fit.test", test, "--fit.held-out", held_out)
-    run = ("--run.dir", str(Path(config.folder) / CLIP), "--resume", "auto", "--data.threads", str(threads))
-    argv: tuple[str, ...] = ("teacher", "fit", "--config", config.clip, *sets, *run, *config.clip_options)
-    return Step("teacher-fit", argv, ALL_SETS)
-
-
-def _pretrain(config: StudyConfig, student: Student, threads: int) -> Step:
-    options, needs = _target(config, student)
-    argv: tuple[str, ...] = ("train", "--config", config.student, "--data.index", str(set_folder(config, "train")))
-    argv += ("--run.dir", str(run_folder(config, student)), "--resume", "auto", "--seed", str(student.seed))
-    argv += ("--data.threads", str(threads), *config.student_options, *options)
-    return Step(f"{student.name}/train", argv, ("data/train/index", *needs))
-
-
-def _target(config: StudyConfig, student: Student) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a student learns from: options of `train`, and the steps that make it."""
-    clip, folder = str(Path(config.folder) / CLIP), Path(config.folder) / "students"
-    if student.ablation:
-        ablation = _find_ablation(config, student)
-        return ("--teacher.name", clip, *ablation.options), ("teacher-fit",)
-    if student.kind in ("pixels", "hog"):
-        return ("--teacher.kind", student.kind, *OWN_VALUES), ()
-    if student.kind == "scratch":
-        return ("--teacher.kind", "pixels", *OWN_VALUES, *UNTRAINED), ()
-    if student.kind == "self":  # of another seed: a student must not begin where its teacher began
-        other = f"pixels-{(student.seed + 1) % config.seeds}"
-        return _tower(folder / other), (f"{other}/export",)
-    if student.kind == SUPERVISED:
-        return _tower(Path(config.folder) / SUPERVISED), (f"{SUPERVISED}/export",)
-    random = ("--teacher.pretrained", "random") if student.kind == "random" else ()
-    return ("--teacher.name", clip, *random), ("teacher-fit",)
-
-
-def _tower(run: Path) -> tuple[str, ...]:
-    return "--teacher.kind", "timm", "--teacher.pretrained", str(run / "export" / "timm")
-
-
-def _find_ablation(config: StudyConfig, student: Student) -> AblationConfig:
-    return next(each for each in config.ablations if each.name == student.kind)
-
-
-def _probes(config: StudyConfig, student: Student, threads: int) -> list[Step]:
-    """Two: on pairs that were trained on, and on pairs that were not; the training set's features are made once."""
-    run = run_folder(config, student)
-    train, first = str(set_folder(config, "train")), f"{student.name}/probe"
-    features = ("--features", str(run / "probe" / "features"), "--threads", str(threads))
-    steps = []
-    for name, test, needs in (
-        ("probe", "test", (f"{student.name}/train", "data/test/index")),
-        ("probe-held-out", "held-out", (first, "data/held-out/index")),
-    ):
-        sets = ("--train", train, "--test", str(set_folder(config, test)), "--out", str(run / name))
-        argv = ("probe", str(run), *sets, *features, *config.probe_options)
-        steps.append(Step(f"{student.name}/{name}", argv, needs))
-    return steps
-
-
-def _finetunes(config: StudyConfig, student: Student, threads: int) -> list[Step]:
-    run = run_folder(config, student)
-    sets = ("--data.index", str(set_folder(config, "train")), "--finetune.test", str(set_folder(config, "test")))
-    steps = []
-    for part in config.labels:
-        name = f"finetune-{part.fraction:g}"
-        argv: tuple[str, ...] = ("finetune", str(run), "--config", config.finetune, *sets, "--run.dir", str(run / name))
-        argv += ("--resume", "auto", "--seed", str(student.seed), "--data.threads", str(threads))
-        argv += ("--finetune.label-fraction", f"{part.fraction:g}", "--train.epochs", f"{part.epochs:g}")
-        needs = (f"{student.name}/train", "data/test/index")
-        steps.append(Step(f"{student.name}/{name}", (*argv, *config.finetune_options), needs))
-    return steps
-
-
-def _segment(config: StudyConfig, student: Student, threads: int) -> Step:
-    run = run_folder(config, student)
-    train, test = str(set_folder(config, "train")), str(set_folder(config, "test"))
-    argv: tuple[str, ...] = (
-        "segment",
-        str(run),
-        "--config",
-        config.segment,
-        "--segment.train",
-        train,
-        "--segment.val",
-        test,
-    )
-    argv += ("--run.dir", str(run / "segment"), "--resume", "auto", "--seed", str(student.seed))
-    argv += ("--data.threads", str(threads), *config.segment_options)
-    return Step(f"{student.name}/segment", argv, (f"{student.name}/train", "data/test/index"))
-
-
-def _supervised(config: StudyConfig, threads: int) -> list[Step]:
-    """A network of the students' size and of a seed that none of them has, trained on all labels."""
-    train, test, run = (
-        str(set_folder(config, "train")),
-        str(set_folder(config, "test")),
-        Path(config.folder) / SUPERVISED,
-    )
-    start = run_folder(config, Student("scratch-0", "scratch", 0))  # for its shape
-    argv: tuple[str, ...] = (
-        "finetune",
-        str(start),
-        "--from-scratch",
-        "--config",
-        config.finetune,
-        "--data.index",
-        train,
-    )
-    argv += ("--finetune.test", test, "--run.dir", str(run), "--resume", "auto", "--seed", str(config.seeds))
-    argv += ("--train.epochs", f"{config.supervised_epochs:g}", "--data.threads", str(threads))
-    needs = ("scratch-0/train", "data/test/index")
-    trained = Step(f"{SUPERVISED}/fit", (*argv, *config.finetune_options), needs)
-    return [trained, _export(run, SUPERVISED, trained.name)]
-
-
-def _export(run: Path, name: str, trained: str) -> Step:
-    return Step(f"{name}/export", ("export", str(run), "--format", "timm"), (trained,))
+def _trained(student: Student) -> str:
+    """The name of the step that makes a student."""
+    return f"{student.name}/{'initial' if student.kind == SCRATCH else 'train'}"
 
 
 def _in_order(steps: list[Step]) -> list[Step]:
     """Sets, teachers and what they need first, then students one after the other."""
-    urgent = {need for step in steps if step.name.endswith("/train") for need in step.needs}
+    urgent = {need for step in steps if step.kind == "train" for need in step.needs}
     while more := {need for step in steps if step.name in urgent for need in step.needs} - urgent:
         urgent |= more
     return sorted(steps, key=lambda step: step.name not in urgent)

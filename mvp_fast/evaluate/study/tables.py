@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +23,25 @@ WORDS = {
     "hog": "HOG",
     "scratch": "nothing: from scratch",
 }
+PARTS = {"test": "", "held_out": ", held-out pairs"}
 HEADS = {
     "linear": "linear",
     "linear_held_out": "linear, held out",
-    "knn": "20-NN",
-    "knn_held_out": "20-NN, held out",
+    "knn": "k-NN",
+    "knn_held_out": "k-NN, held out",
     "miou": "mIoU",
 }
-NOT_YET = "Not measured yet.\n"
+
+
+def check_page(page: Path, name: str) -> None:
+    """Look at a page before anything is computed for it.
+
+    Raises:
+        DataError: it can't be read, is no .md file, or has no place for the tables of the study `name`.
+    """
+    if page.suffix != ".md":
+        raise DataError("The page is no Markdown file", where=str(page), fix="Give --page a file that ends in .md")
+    filled(_read(page), name, "", str(page))
 
 
 def write_page(page: Path, name: str, results: Path) -> None:
@@ -37,17 +50,19 @@ def write_page(page: Path, name: str, results: Path) -> None:
     Raises:
         DataError: the page has no such section, or can't be read.
     """
-    import json
-
-    try:
-        text, content = page.read_text(encoding="utf-8"), json.loads(results.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"The page or its results can't be read: {error}", where=str(page)) from error
-    link = results.resolve().relative_to(page.resolve().parent)
-    new = filled(text, name, tables(content, str(link)), str(page))
+    text, content = _read(page), json.loads(_read(results))
+    link = os.path.relpath(results, page.parent)
+    new = filled(text, name, tables(content, link), str(page))
     if new != text:
-        with replacing(page, "the page") as file:
+        with replacing(page, "--page") as file:
             file.write(new.encode())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The page can't be read: {error}", where=str(path), fix="Check --page") from error
 
 
 def filled(text: str, name: str, inside: str, where: str = "") -> str:
@@ -64,7 +79,8 @@ def _section(name: str, inside: str) -> str:
 
 def tables(content: Mapping[str, Any], link: str) -> str:
     """All of them, from what results.json holds."""
-    commit = f"commit `{content['commit'][:10]}`" if content["commit"] else "an unknown commit"
+    commits = ", ".join(f"`{commit[:10]}`" for commit in content["commits"])
+    commit = f"commit {commits}" if commits else "an unknown commit"
     changed = " with changes that were not committed" if content["dirty"] else ""
     where, scenes = content["environment"], content["settings"]["scenes"]
     lines = [
@@ -93,9 +109,13 @@ def tables(content: Mapping[str, Any], link: str) -> str:
 
 def _teacher(teacher: Mapping[str, Any]) -> list[str]:
     figures, chances = teacher["figures"], teacher["chances"]
-    shown = [name for name in figures if name in chances and not name.endswith("_5")]
-    rows = [(name, _percent(figures[name]), _percent(chances[name])) for name in shown]
-    return _table(("the teacher, zero-shot", "accuracy", "chance"), rows)
+    shown = {
+        f"{part}_{name}": f"{name}{words}" for part, words in PARTS.items() for name in ("shape", "colour", "pair")
+    }
+    rows = [
+        (words, _percent(figures[name]), _percent(chances[name])) for name, words in shown.items() if name in figures
+    ]
+    return _table(("our CLIP, zero-shot", "accuracy", "chance"), rows)
 
 
 def _kinds(table: Mapping[str, Any], kinds: Sequence[str], names: Sequence[str], head: str) -> list[str]:
@@ -105,10 +125,13 @@ def _kinds(table: Mapping[str, Any], kinds: Sequence[str], names: Sequence[str],
         for name in names
         if any(name in table[kind] for kind in kinds)
     }
+    equal = len({found["seeds"] for kind in kinds for found in table[kind].values()}) == 1
     rows = []
-    for kind in kinds:
-        cells = [_cell(table[kind].get(name), best[name]) for name in best]
-        rows.append((WORDS.get(kind, kind) if head == "learned from" or kind != CLIP else "nothing", *cells))
+    for kind in kinds:  # a best is marked where all rows are of as many seeds
+        cells = [_cell(table[kind].get(name), best[name] if equal else None) for name in best]
+        seeds = "" if equal else f" ({max(found['seeds'] for found in table[kind].values())} seeds)"
+        words = WORDS.get(kind, kind) if head == "learned from" or kind != CLIP else "nothing"
+        rows.append((words + seeds.replace("(1 seeds)", "(1 seed)"), *cells))
     return _table((head, *(head_of(name) for name in best)), rows)
 
 
@@ -119,7 +142,7 @@ def head_of(name: str) -> str:
     return HEADS[name]
 
 
-def _cell(found: Mapping[str, Any] | None, best: float) -> str:
+def _cell(found: Mapping[str, Any] | None, best: float | None) -> str:
     if found is None:
         return ""
     mean = _percent(found["mean"])
@@ -135,7 +158,7 @@ def _margins(found: Mapping[str, Any]) -> list[str]:
         cells = []
         for name in names:
             each = found[name][kind]
-            verdict = {True: "more", False: "not more", None: "one seed"}[each["more"]]
+            verdict = each["verdict"] or "one seed"
             cells.append(f"{100 * each['margin']:+.1f}, spread {100 * each['spread']:.1f}: {verdict}")
         rows.append((WORDS[kind], *cells))
     return _table(("CLIP's students ahead of those of", *(f"{head_of(name)}, points" for name in names)), rows)
