@@ -743,3 +743,20 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "--workers" in done.stdout
     assert done.stderr.strip() == "[]"
+
+
+def test_plain_scenes_keep_to_their_profile() -> None:
+    plain, seen = PROFILES["plain"], set()
+    for number in range(300):
+        scene = layout(3, plain, number)
+        main = scene.objects[scene.main]
+        seen |= {("ground", scene.ground), ("objects", len(scene.objects)), ("main", main.size)}
+        for thing in scene.objects:
+            seen.add(("texture", thing.texture))
+            assert abs(thing.angle) <= math.radians(0.3 * TILTS[thing.shape]) + 1e-9
+    assert seen == {
+        *(("ground", ground) for ground in ("cloth", "stone", "tiles")),
+        *(("objects", count) for count in (1, 2)),
+        *(("main", size) for size in ("medium", "large")),
+        ("texture", "plain"),
+    }

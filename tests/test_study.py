@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import statistics
 import threading
@@ -38,6 +41,7 @@ from mvp_fast.evaluate.study.figures import LINEAR, MIOU, margins, summary
 from mvp_fast.evaluate.study.steps import Step, build_steps, set_folder, students
 from mvp_fast.evaluate.study.tables import filled
 from mvp_fast.samples.index import Index
+from tests.conftest import TINY, losses
 
 CHECKS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "train": (Config, check_config),
@@ -174,87 +178,201 @@ def test_every_command_is_understood(form: str) -> None:
 # The processes.
 
 
-def scenes(folder: Path, images: int, name: str = "scenes", needs: tuple[str, ...] = ()) -> Step:
+def scenes_step(folder: Path, images: int = 20) -> Step:
     argv = ("data", "scenes", "--out", str(folder), "--images", str(images), "--profile", "plain", "--workers", "1")
-    return Step(name, argv, needs)
+    return Step("scenes", argv, folder, "scenes.json")
 
 
 def index(folder: Path, name: str = "index", needs: tuple[str, ...] = ("scenes",)) -> Step:
-    return Step(name, ("data", "index", str(folder)), needs)
+    return Step(name, ("data", "index", str(folder)), folder / "index.parquet", "", needs)
+
+
+def export(run: Path, name: str = "export", needs: tuple[str, ...] = ("train",)) -> Step:
+    return Step(name, ("export", str(run)), run / "export", "timm/config.json", needs)
+
+
+def pretrain(run: Path, data: Path, steps: int = 3, *more: str) -> Step:
+    options = [
+        f"--{name}={value}" for name, value in TINY.items() if not name.startswith(("teacher", "run", "data.threads"))
+    ]
+    argv = (
+        "train",
+        "--config",
+        "configs/mini/student.yaml",
+        "--data.index",
+        str(data),
+        "--run.dir",
+        str(run),
+        *options,
+    )
+    argv += ("--teacher.kind", "pixels", "--objective.cls", "False", "--objective.loss", "mse", "--resume", "auto")
+    argv += ("--objective.target-norm", "none", "--train.steps", str(steps), "--data.threads", "1", *more)
+    return Step("train", argv, run, "checkpoints")
+
+
+def quiet(steps: list[Step], folder: Path, processes: int = 1) -> Notes:
+    return run_steps(steps, folder, processes, 1, lambda _: None)
 
 
 def test_steps_run_once_and_in_order(tmp_path: Path) -> None:
     folder, told = tmp_path / "set", []
-    steps = [scenes(folder, 20), index(folder)]
-    took = run_steps(steps, tmp_path, 2, 1, told.append)
-    assert set(took) == {"scenes", "index"}
+    steps = [scenes_step(folder), index(folder)]
+    notes = run_steps(steps, tmp_path, 2, 1, told.append)
+    assert all(notes.is_done(step) for step in steps)
     assert len(Index.open(folder)) == 20
     assert any("2/2  index" in line for line in told)
     assert "$ mvp-fast data index" in (tmp_path / "logs" / "index.log").read_text()
 
     told.clear()
-    assert run_steps(steps, tmp_path, 2, 1, told.append) == pytest.approx(took, abs=0.01)
+    before = [notes.read(step) for step in steps]
+    again = run_steps(steps, tmp_path, 2, 1, told.append)
+    assert [again.read(step) for step in steps] == before
     assert told == []  # nothing was to do
 
 
-def test_a_changed_command_is_done_again_and_so_is_what_needs_it(tmp_path: Path) -> None:
-    run_steps([scenes(tmp_path / "a", 20), index(tmp_path / "a")], tmp_path, 1, 1, lambda _: None)
-    told: list[str] = []
-    run_steps([scenes(tmp_path / "b", 20), index(tmp_path / "a")], tmp_path, 1, 1, told.append)
-    assert "2 of 2 to do" in told[0]
+def test_other_threads_are_no_other_settings(tmp_path: Path, scenes: Path) -> None:
+    step = pretrain(tmp_path / "run", scenes)
+    notes = quiet([step], tmp_path)
+    at = step.argv.index("--data.threads")
+    assert quiet([replace(step, argv=(*step.argv[:at], "--data.threads", "2", *step.argv[at + 2 :]))], tmp_path).read(
+        step
+    ) == notes.read(step)
+
+
+def test_other_settings_are_refused(tmp_path: Path, scenes: Path) -> None:
+    """A run that is complete would be taken for one of the new settings."""
+    run = tmp_path / "run"
+    quiet([pretrain(run, scenes), export(run)], tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        quiet([pretrain(run, scenes, 3, "--optim.lr", "0.5"), export(run)], tmp_path)
+    assert "The step train was begun with other settings" in caught.value.paragraph()
+    assert f"remove {run}" in caught.value.paragraph()
+    shutil.rmtree(run)
+    notes = quiet([pretrain(run, scenes, 3, "--optim.lr", "0.5"), export(run)], tmp_path)
+    assert "optim: {lr: 0.5" in (run / "config.yaml").read_text()
+    assert notes.is_done(export(run))
+
+
+def test_a_settings_file_is_part_of_the_settings(tmp_path: Path, scenes: Path) -> None:
+    path, step = tmp_path / "student.yaml", pretrain(tmp_path / "run", scenes)
+    path.write_text(Path("configs/mini/student.yaml").read_text())
+    step = replace(step, argv=tuple(str(path) if word.endswith("student.yaml") else word for word in step.argv))
+    quiet([step], tmp_path)
+    path.write_text(path.read_text() + "seed: 5\n")
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        quiet([step], tmp_path)
+
+
+def test_what_was_removed_is_made_again_and_what_was_made_from_it_is_told(tmp_path: Path, scenes: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "elsewhere"
+    made = [pretrain(run, scenes), export(run)]
+    made[1] = replace(made[1], argv=(*made[1].argv, "--out", str(out)), output=out, proof="config.json")
+    first = quiet(made, tmp_path).read(made[0])
+    shutil.rmtree(run)
+    with pytest.raises(ConfigError) as caught:
+        quiet(made, tmp_path)
+    assert "The step train is to be done anew, but export was made from the earlier one" in caught.value.paragraph()
+    assert not run.exists()  # nothing was begun
+    shutil.rmtree(out)
+    second = quiet(made, tmp_path).read(made[0])
+    assert first is not None
+    assert second is not None
+    assert (first.digest, first.commit) == (second.digest, second.commit)
+    assert first.done != second.done
+    assert (out / "config.json").is_file()
 
 
 def test_a_step_that_fails_ends_the_study_with_its_code(tmp_path: Path) -> None:
-    steps = [index(tmp_path / "nothing", "index", ()), scenes(tmp_path / "set", 20), index(tmp_path / "set", "after")]
+    steps = [index(tmp_path / "nothing", "index", ()), scenes_step(tmp_path / "set"), index(tmp_path / "set", "after")]
     with pytest.raises(StepFailed) as caught:
-        run_steps(steps, tmp_path, 1, 1, lambda _: None)
+        quiet(steps, tmp_path)
     assert caught.value.exit_code == 3
     paragraph = caught.value.paragraph()
-    assert "The step index ended with exit code 3" in paragraph
-    assert "nothing" in paragraph  # the verb's own words
+    assert "The step index ended with exit code 3: mvp-fast data index: data error:" in paragraph
     assert not (tmp_path / "set").exists()  # nothing new was begun
-    assert set(run_steps(steps[1:], tmp_path, 1, 1, lambda _: None)) == {"scenes", "after"}
+    assert quiet(steps[1:], tmp_path).is_done(steps[2])
+
+
+def test_an_error_that_nobody_foresaw_is_told(tmp_path: Path) -> None:
+    step = Step("odd", ("bench", "--json", "\0"), tmp_path / "odd", "")
+    with pytest.raises(StepFailed) as caught:
+        quiet([step], tmp_path)
+    assert caught.value.exit_code == 1
+    assert "an error that nobody foresaw: ValueError: embedded null" in caught.value.paragraph()
+
+
+def test_a_log_that_can_not_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "scenes.log").mkdir(parents=True)
+    with pytest.raises(StepFailed) as caught:
+        quiet([scenes_step(tmp_path / "set")], tmp_path)
+    assert "IsADirectoryError" in caught.value.paragraph()
 
 
 def test_a_process_that_is_killed_is_told(tmp_path: Path) -> None:
+    step = scenes_step(tmp_path / "set", 50_000)
     killed = threading.Thread(target=_kill_the_worker, daemon=True)
     killed.start()
     with pytest.raises(StepFailed) as caught:
-        run_steps([scenes(tmp_path / "set", 50_000)], tmp_path, 1, 1, lambda _: None)
+        quiet([step], tmp_path)
     killed.join()
-    assert caught.value.exit_code == KILLED
-    assert Notes(tmp_path / "steps").seconds(scenes(tmp_path / "set", 50_000)) is None
+    assert caught.value.exit_code == 4
+    assert "killed, perhaps for lack of memory" in caught.value.paragraph()
+    assert not Notes(tmp_path / "steps", [step]).is_done(step)
 
 
 def _kill_the_worker() -> None:
-    import multiprocessing
-
     while not (found := [each for each in multiprocessing.active_children() if each.name == "study-worker"]):
         time.sleep(0.05)
     time.sleep(1)
     found[0].kill()
 
 
-def test_a_stopped_study_goes_on(tmp_path: Path) -> None:
-    steps = [scenes(tmp_path / "set", 1500), index(tmp_path / "set")]
-    done = threading.Event()
+def test_a_stopped_study_goes_on_where_its_steps_were(tmp_path: Path, scenes: Path) -> None:
+    """SIGTERM to the study: the run in it writes a checkpoint, and the same command resumes it."""
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    step = pretrain(run, scenes, 400)
 
     def stop() -> None:
-        while not done.is_set() and not list((tmp_path / "set").rglob("*.jpg")):
+        while not (run / "metrics.jsonl").is_file():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=stop, daemon=True)
     thread.start()
     with pytest.raises(Preempted) as caught:
-        run_steps(steps, tmp_path, 1, 1, lambda _: None)
-    done.set()
+        quiet([step, export(run)], tmp_path)
     thread.join()
     assert caught.value.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is before
-    assert set(run_steps(steps, tmp_path, 1, 1, lambda _: None)) == {"scenes", "index"}
-    assert len(Index.open(tmp_path / "set")) == 1500
+    (reached,) = (int(path.name.rpartition("-")[2]) for path in (run / "checkpoints").glob("step-*"))
+    assert 0 < reached < 400
+    notes = quiet([step, export(run)], tmp_path)
+    assert notes.is_done(export(run))
+    assert f"resumed at step {reached}" in (tmp_path / "logs" / "train.log").read_text()
+    assert len(losses(run)) == 400  # each step once
+
+
+def test_two_studies_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        said = call("--config", "configs/mini/study-cpu.yaml", "--folder", folder, code=3)
+    assert "another process runs a study in this folder" in said
+
+
+def test_places_that_can_not_be_are_said_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = ("--config", "configs/mini/study-cpu.yaml", "--folder")
+    (tmp_path / "file").write_text("")
+    assert "The study's folder can't be made" in call(*cpu, tmp_path / "file", code=4)
+    (tmp_path / "page.md").write_text("# Nothing\n")
+    for page, words in (("page.md", "no place for the tables"), ("page", "no Markdown"), ("none.md", "can't be read")):
+        assert words in call(*cpu, tmp_path / "study", "--page", tmp_path / page, code=3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "Start it without torchrun" in call(*cpu, tmp_path / "study", code=2)
+    assert not (tmp_path / "study").exists()
 
 
 # The figures.
@@ -278,15 +396,23 @@ def test_means_and_spreads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "more"), [([0.4, 0.5], True), ([0.55, 0.65], False), ([0.1, 0.5], False), ([0.2], None)]
+    ("theirs", "verdict"),
+    [
+        ([0.4, 0.5], "ahead"),
+        ([0.55, 0.65], "within"),
+        ([0.1, 0.5], "within"),
+        ([0.8, 0.9], "behind"),
+        ([0.66, 0.74], "within"),
+        ([0.2], None),
+    ],
 )
-def test_ahead_by_more_than_the_spread(theirs: list[float], more: bool | None) -> None:
+def test_ahead_by_more_than_the_spread(theirs: list[float], verdict: str | None) -> None:
     table = summary([*runs("clip", linear=[0.6, 0.7]), *runs("other", linear=theirs)])
     found = margins(table, ["other", "nobody"], [LINEAR, MIOU])
     assert set(found) == {LINEAR}
     each = found[LINEAR]["other"]
     assert each["margin"] == pytest.approx(0.65 - statistics.fmean(theirs))
-    assert each["more"] is more
+    assert each["verdict"] == verdict
 
 
 def test_a_page_keeps_what_is_not_the_tables() -> None:
@@ -368,8 +494,8 @@ def test_kinds_are_what_they_say(small: Path) -> None:
     assert config("random")["teacher"]["pretrained"] == "random"
     assert config("random")["teacher"]["name"] == config("clip")["teacher"]["name"]
     assert config("hog")["teacher"]["kind"] == "hog"
-    assert config("self")["teacher"]["pretrained"].endswith("pixels-0/export/timm")
-    assert config("supervised")["teacher"]["pretrained"].endswith("study/supervised/export/timm")
+    assert config("self")["teacher"]["pretrained"].endswith("study/teachers/self/export/timm")
+    assert config("supervised")["teacher"]["pretrained"].endswith("study/teachers/supervised/export/timm")
 
 
 def test_the_student_from_scratch_has_its_first_weights(small: Path) -> None:
@@ -399,7 +525,7 @@ def test_held_out_pairs_are_in_no_training_set(small: Path) -> None:
     assert {thing["texture"] for row in textures for thing in row["objects"]} == {"plain"}
 
 
-def test_the_page_has_tables_pictures_and_no_paths(small: Path) -> None:
+def test_the_page_has_tables_pictures_and_no_places(small: Path) -> None:
     text = (small / "page.md").read_text()
     assert text.startswith("# A page\n\n<!-- study: small -->\nFrom [results.json](page/small/results.json)")
     assert text.endswith("<!-- end -->\n\nafter\n")
@@ -408,7 +534,9 @@ def test_the_page_has_tables_pictures_and_no_paths(small: Path) -> None:
     beside = small / "page" / "small"
     found = {path.name for path in beside.iterdir()}
     assert {"results.json", "figures.png", "labels.png", "ablations.png", "text.png", "pca.png"} <= found
-    assert json.loads((beside / "results.json").read_text())["form"] == "small"
+    published = (beside / "results.json").read_text()
+    assert json.loads(published)["form"] == "small"
+    assert str(small.parent) not in text + published
 
 
 def test_the_same_command_computes_nothing_again(small: Path) -> None:
