@@ -249,7 +249,7 @@ def test_other_settings_are_refused(tmp_path: Path, scenes: Path) -> None:
     assert f"remove {run}" in caught.value.paragraph()
     shutil.rmtree(run)
     notes = quiet([pretrain(run, scenes, 3, "--optim.lr", "0.5"), export(run)], tmp_path)
-    assert "optim: {lr: 0.5" in (run / "config.yaml").read_text()
+    assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["lr"] == 0.5
     assert notes.is_done(export(run))
 
 
@@ -333,7 +333,7 @@ def test_a_stopped_study_goes_on_where_its_steps_were(tmp_path: Path, scenes: Pa
     step = pretrain(run, scenes, 400)
 
     def stop() -> None:
-        while not (run / "metrics.jsonl").is_file():
+        while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 3:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
