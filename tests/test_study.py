@@ -533,7 +533,7 @@ def test_the_page_has_tables_pictures_and_no_places(small: Path) -> None:
         assert words in text
     beside = small / "page" / "small"
     found = {path.name for path in beside.iterdir()}
-    assert {"results.json", "figures.png", "labels.png", "ablations.png", "text.png", "pca.png"} <= found
+    assert {"results.json", "figures.png", "labels.png", "ablations.png", "text.jpg", "pca.jpg"} <= found
     published = (beside / "results.json").read_text()
     assert json.loads(published)["form"] == "small"
     assert str(small.parent) not in text + published

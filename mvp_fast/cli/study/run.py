@@ -121,21 +121,25 @@ def _study(config: StudyConfig, steps: list[Step], processes: int, threads: int,
         print(f"plots    {', '.join(str(path) for path in plots)}")
         if page:
             pictures = sorted((folder / "students" / "clip-0" / "visualize").glob("*.png"))
-            _publish(content, [*plots, *pictures], Path(page))
+            _publish(content, plots, pictures, Path(page))
 
 
-def _publish(content: Mapping[str, Any], pictures: list[Path], page: Path) -> None:
+def _publish(content: Mapping[str, Any], plots: list[Path], pictures: list[Path], page: Path) -> None:
     """The tables into the page, and figures and pictures beside it, without any place on this machine."""
+    from PIL import Image
+
     from mvp_fast.evaluate.study.steps import RESULTS
     from mvp_fast.evaluate.study.tables import write_page
     from mvp_fast.samples.files import replacing
 
     beside = page.with_suffix("") / content["form"]
     beside.mkdir(parents=True, exist_ok=True)
-    for old in beside.glob("*.png"):
+    for old in [*beside.glob("*.png"), *beside.glob("*.jpg")]:
         old.unlink()
-    for path in pictures:
+    for path in plots:
         shutil.copyfile(path, beside / path.name)
+    for path in pictures:  # of photographs: a tenth of the size for a repository that keeps them for good
+        Image.open(path).convert("RGB").save(beside / f"{path.stem}.jpg", quality=85, optimize=True)
     settings = {name: value for name, value in content["settings"].items() if name != "folder"}
     with replacing(beside / RESULTS, "--page") as file:
         file.write((json.dumps({**content, "settings": settings}, indent=1) + "\n").encode())
