@@ -257,7 +257,9 @@ def test_a_settings_file_is_part_of_the_settings(tmp_path: Path, scenes: Path) -
     path, step = tmp_path / "student.yaml", pretrain(tmp_path / "run", scenes)
     path.write_text(Path("configs/mini/student.yaml").read_text())
     step = replace(step, argv=tuple(str(path) if word.endswith("student.yaml") else word for word in step.argv))
-    quiet([step], tmp_path)
+    notes = quiet([step], tmp_path)
+    path.write_text("# Words.\n" + path.read_text())
+    assert quiet([step], tmp_path).read(step) == notes.read(step)
     path.write_text(path.read_text() + "seed: 5\n")
     with pytest.raises(ConfigError, match="begun with other settings"):
         quiet([step], tmp_path)

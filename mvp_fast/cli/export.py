@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -68,7 +69,8 @@ def main(argv: list[str]) -> int:
     from mvp_fast.train.checkpoint import find_checkpoint, read_state
 
     checkpoint = find_checkpoint(options.run, options.checkpoint)
-    task = read_state(checkpoint).get("task", "pretrain")
+    state = read_state(checkpoint)
+    task = state.get("task", "pretrain")
     out = (options.out or options.run / "export" / options.format).resolve()
     if task == "finetune":
         return _export_classifier(options, checkpoint, out)
@@ -77,20 +79,20 @@ def main(argv: list[str]) -> int:
             f"What can be exported is a run of `mvp-fast train` or `finetune`; this run's task is {task}",
             where=str(options.run),
         )
-    return _export_student(options, checkpoint, out)
+    return _export_student(options, checkpoint, state, out)
 
 
-def _export_student(options: Options, checkpoint: Path, out: Path) -> int:
+def _export_student(options: Options, checkpoint: Path, state: Mapping[str, Any], out: Path) -> int:
     from mvp_fast.export.card import model_card
     from mvp_fast.export.hf_format import PREPROCESSOR, write_hf
     from mvp_fast.export.provenance import read_provenance
     from mvp_fast.export.timm_format import timm_fingerprint, timm_model, write_timm
     from mvp_fast.export.write import CARD, CONFIG, WEIGHTS
-    from mvp_fast.train.checkpoint import load_student, read_state
+    from mvp_fast.train.checkpoint import load_student
 
     student, _, step = load_student(options.run, str(checkpoint), options.ema)
     fingerprint = timm_fingerprint(timm_model(student))
-    facts = read_provenance(options.run, read_state(checkpoint), averaged=options.ema, fingerprint=fingerprint)
+    facts = read_provenance(options.run, state, averaged=options.ema, fingerprint=fingerprint)
     card = model_card(student, facts, form=options.format, license=options.license, repo_id=options.push)
     write, names = {
         "timm": (write_timm, (WEIGHTS, CONFIG, CARD)),

@@ -81,7 +81,7 @@ class StudyConfig:
     probe_options: tuple[str, ...] = ()
     """More options of `probe`."""
     targets: tuple[str, ...] = TARGETS
-    """What students learn from. clip: the small CLIP. supervised: a student trained on all labels. self: a student
+    """What students learn from. clip: the small CLIP. supervised: a network trained on all labels. self: a student
     that was pre-trained on pixels. random: the CLIP's tower with fresh weights. pixels, hog: the patches' own. scratch
     is the control: nothing, fresh weights."""
     supervised_epochs: float = 20.0

@@ -24,7 +24,7 @@ class Options:
     """How many images to draw."""
     profile: Literal["imagenet", "small", "plain"] = "imagenet"
     """imagenet: ImageNet's image sizes and about 110 KB a file, to measure with. small: 96 x 96, to learn from. plain:
-    the same with plain objects on faint ground, learned with a fraction of the computing."""
+    the same size, with one or two untextured objects on three grounds: easier to learn from."""
     seed: int = 0
     """Decides what is drawn."""
     pairs: Literal["all", "seen", "held-out"] = "all"

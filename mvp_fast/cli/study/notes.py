@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import yaml
+
 from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.evaluate.study.steps import Step
 from mvp_fast.samples.files import replacing
@@ -155,7 +157,8 @@ def digests(steps: Sequence[Step]) -> dict[str, str]:
     for step in steps:
         words = list(_without(step.argv, SURROUNDINGS))
         if "--config" in words:
-            words.append(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8"))
+            text = Path(words[words.index("--config") + 1]).read_text(encoding="utf-8")
+            words.append(json.dumps(yaml.safe_load(text), sort_keys=True))  # a comment changes nothing
         words += [found[need] for need in step.needs]
         found[step.name] = hashlib.sha256("\0".join(words).encode()).hexdigest()
     return found

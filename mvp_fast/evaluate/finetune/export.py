@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mvp_fast import __version__
-from mvp_fast.errors import ConfigError
+from mvp_fast.errors import ConfigError, DataError
 from mvp_fast.evaluate.network import Network
+from mvp_fast.evaluate.results import read_results
 from mvp_fast.export.provenance import without_places
 from mvp_fast.export.timm_format import PROVENANCE
 from mvp_fast.export.write import CARD, replacing
@@ -81,12 +82,10 @@ def write_classifier(checkpoint: Path, out: Path, *, ema: bool = False, license:
 
 
 def _results(run: Path) -> dict[str, Any]:
-    """results.json of the run; empty where it has none."""
-    try:
-        content = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """results.json of the run; empty where it has none that can be read."""
+    with suppress(DataError):
+        return read_results(run / "results.json")
+    return {}
 
 
 def _card(
@@ -105,8 +104,6 @@ def _card(
         CODE.format(source=f"hf-hub:{repo_id}" if repo_id else "local-dir:.", classes=len(state["classes"])).strip(),
     ]
     if isinstance(found, Mapping) and results.get("step", state["step"]) == state["step"]:
-        lines.append(
-            f"Top-1 accuracy {100 * found['accuracy']:.2f} % on {found['images']:,} images it was not trained on."
-        )
+        lines.append(f"Top-1 accuracy {100 * found['accuracy']:.2f} % on its test set of {found['images']:,} images.")
     lines.append(f"<details><summary>All settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>")
     return "\n\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvp_fast.evaluate.study.steps import CLIP
-from mvp_fast.evaluate.study.tables import WORDS, head_of
+from mvp_fast.evaluate.study.tables import WORDS, head_of, words_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")  # Okabe and Ito's
 DPI = 110
@@ -54,7 +54,7 @@ def _points(content: Mapping[str, Any], kinds: list[str], names: list[str], what
         axis.set_xlabel("%", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(labelsize=9)
-    words = [WORDS.get(kind, kind) if what == "learned from" or kind != CLIP else "nothing" for kind in kinds]
+    words = [words_of(kind, targets=what == "learned from") for kind in kinds]
     axes[0].set_yticks(range(len(kinds)), words)
     axes[0].set_ylabel(what, fontsize=9)
     axes[0].invert_yaxis()

@@ -118,6 +118,11 @@ def _teacher(teacher: Mapping[str, Any]) -> list[str]:
     return _table(("our CLIP, zero-shot", "accuracy", "chance"), rows)
 
 
+def words_of(kind: str, targets: bool) -> str:
+    """A kind of student for people: by what it learned from, or among ablations by what differs."""
+    return "nothing" if kind == CLIP and not targets else WORDS.get(kind, kind)
+
+
 def _kinds(table: Mapping[str, Any], kinds: Sequence[str], names: Sequence[str], head: str) -> list[str]:
     """A row a kind: mean, and least to greatest."""
     best = {
@@ -130,7 +135,7 @@ def _kinds(table: Mapping[str, Any], kinds: Sequence[str], names: Sequence[str],
     for kind in kinds:  # a best is marked where all rows are of as many seeds
         cells = [_cell(table[kind].get(name), best[name] if equal else None) for name in best]
         seeds = "" if equal else f" ({max(found['seeds'] for found in table[kind].values())} seeds)"
-        words = WORDS.get(kind, kind) if head == "learned from" or kind != CLIP else "nothing"
+        words = words_of(kind, targets=head == "learned from")
         rows.append((words + seeds.replace("(1 seeds)", "(1 seed)"), *cells))
     return _table((head, *(head_of(name) for name in best)), rows)
 
